@@ -1,0 +1,46 @@
+"""safe_lab: Selective Adapter FrEezing (SAFE), and the laboratory around it.
+
+The names below are the public ones; each loads its module when it is first used, so that importing safe_lab costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safe_lab.adapters import attach, find_units
+    from safe_lab.config import Config, ConfigError, load
+    from safe_lab.freezing import Freezer, FreezingRule, Scoring
+    from safe_lab.importance import METRICS
+    from safe_lab.units import Unit
+
+_HOME = {
+    "attach": "adapters",
+    "find_units": "adapters",
+    "Config": "config",
+    "ConfigError": "config",
+    "load": "config",
+    "Freezer": "freezing",
+    "FreezingRule": "freezing",
+    "Scoring": "freezing",
+    "METRICS": "importance",
+    "Unit": "units",
+}
+
+__all__ = [
+    "METRICS",
+    "Config",
+    "ConfigError",
+    "Freezer",
+    "FreezingRule",
+    "Scoring",
+    "Unit",
+    "attach",
+    "find_units",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,322 @@
+"""Attach adapters through PEFT, and list them as units in the order in which they run."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from safe_lab.suggest import did_you_mean
+from safe_lab.units import Unit
+
+log = logging.getLogger(__name__)
+
+Granularity = Literal["layer", "module", "matrix"]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model with adapters.
+
+    Attributes:
+        model: The PEFT model.
+        initial: Where attaching changed base weights (PiSSA, OLoRA, CorDA), the adapters' weights as they were then, else None:
+            switching the adapters off does not give the pre-trained model back, and what is saved must be converted to load
+            on it.
+        base_fingerprint: Hash of all weights outside adapters and head, by which a resumed run knows its base again.
+    """
+
+    model: PeftModel
+    initial: Mapping[str, Tensor] | None
+    base_fingerprint: str
+
+
+def attach(
+    model: nn.Module,
+    *,
+    method: str,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    target_modules: Sequence[str] | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    head_modules: Sequence[str] = (),
+) -> Attached:
+    """Attach adapters of one PEFT method; the base is frozen, the head trains in full.
+
+    Args:
+        model: A ``transformers`` model with a sequence-classification head.
+        method: Name of the PEFT method, in any case.
+        rank: Rank, for methods that have one; None: PEFT's default.
+        alpha: Scaling numerator, likewise.
+        dropout: Dropout on the adapter's input, likewise.
+        target_modules: Suffixes of module names, a regular expression, or ``all-linear``; None: PEFT's choice.
+        options: Further arguments of the method's PEFT config.
+        head_modules: Names of modules to train in full beside the adapters.
+
+    Raises:
+        ValueError: Unknown method or option, a setting the method does not have, or targets that match nothing.
+    """
+    config = build_peft_config(
+        method,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        options=options,
+        head_modules=head_modules,
+    )
+    before = {id(parameter): torch.hash_tensor(parameter.detach()).item() for parameter in model.parameters()}
+    linear_names = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    )
+    try:
+        attached = get_peft_model(model, config)
+    except ValueError as error:
+        if "target" not in str(error).lower():
+            raise
+        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or [])
+        near = "".join(did_you_mean(name, linear_names) for name in wanted)
+        raise ValueError(
+            f"adapter.target_modules: {wanted or 'the choice of PEFT'} matches no module of {type(model).__name__}{near}; "
+            f"its linear modules are {', '.join(linear_names)}"
+        ) from None
+    if not tuner_layers(attached):
+        raise ValueError(
+            f"adapter.method: {method} adds no adapter layers (BaseTunerLayer), so there is nothing to freeze one by one"
+        )
+    after = [(id(parameter), torch.hash_tensor(parameter.detach()).item()) for parameter in attached.parameters()]
+    changed = any(before[key] != hash_ for key, hash_ in after if key in before)
+    if changed and config.peft_type != PeftType.LORA:
+        raise ValueError(
+            f"adapter.method: {method} changes the base weights, and could not be loaded on the pre-trained model"
+        )
+    return Attached(
+        model=attached,
+        initial={key: tensor.clone() for key, tensor in get_peft_model_state_dict(attached).items()}
+        if changed
+        else None,
+        base_fingerprint=hashlib.sha256(repr([hash_ for key, hash_ in after if key in before]).encode()).hexdigest(),
+    )
+
+
+def build_peft_config(
+    method: str,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    target_modules: Sequence[str] | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    head_modules: Sequence[str] = (),
+) -> PeftConfig:
+    """The PEFT config of a method, with our few common settings under the names that method gives them.
+
+    Raises:
+        ValueError: Unknown method or option, or a setting the method does not have.
+    """
+    by_name = {peft_type.value.lower(): config for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = method.lower().replace("-", "_")
+    if name not in by_name:
+        raise ValueError(
+            f"adapter.method: PEFT has no method {method!r}{did_you_mean(name, by_name)}; it has {', '.join(sorted(by_name))}"
+        )
+    config_class = by_name[name]
+    known = set(inspect.signature(config_class).parameters)
+    if alpha is not None and float(alpha).is_integer():
+        alpha = int(alpha)  # as PEFT's configs declare it
+    settings: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("rank", rank, ("r", "rank")),
+        ("alpha", alpha, ("lora_alpha", "alpha", f"{name}_alpha")),
+        ("dropout", dropout, ("lora_dropout", "dropout", f"{name}_dropout", "module_dropout")),
+        (
+            "target_modules",
+            list(target_modules) if isinstance(target_modules, tuple) else target_modules,
+            ("target_modules",),
+        ),
+        ("head_modules", list(head_modules) or None, ("modules_to_save",)),
+    ]
+    arguments: dict[str, Any] = {"task_type": "SEQ_CLS"}
+    for setting, value, names in settings:
+        if value is None:
+            continue
+        key = next((candidate for candidate in names if candidate in known), None)
+        if key is None:
+            raise ValueError(f"adapter.{setting}: method {name} has no such setting; leave it out (null)")
+        arguments[key] = value
+    for key, value in (options or {}).items():
+        if key not in known:
+            raise ValueError(
+                f"adapter.options.{key}: {config_class.__name__} has no such argument{did_you_mean(key, known)}"
+            )
+        if key in arguments:
+            raise ValueError(f"adapter.options.{key}: already set, as a key of the adapter section")
+        arguments[key] = value
+    try:
+        return config_class(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"adapter: {config_class.__name__} refuses its arguments: {error}") from None
+
+
+def tuner_layers(model: nn.Module) -> dict[str, Any]:
+    """The adapter layers of a model by qualified name (each an ``nn.Module`` and a ``BaseTunerLayer``)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def find_units(model: nn.Module, forward: Callable[[], object], granularity: Granularity = "layer") -> list[Unit]:
+    """List the adapters of a PEFT model as units, in the order in which they run.
+
+    The order is the one of a forward pass, not of names: a unit stands where its first adapter layer runs first. A layer is
+    what the outermost ``nn.ModuleList`` on the way to an adapter holds; an adapter outside of any list (on the embeddings,
+    say) is a unit of its own.
+
+    Args:
+        model: A model with PEFT adapter layers.
+        forward: Runs the model once, on any batch.
+        granularity: ``layer``: all adapters of a layer; ``module``: one adapted module; ``matrix``: one adapter weight.
+
+    Raises:
+        ValueError: There is no trainable adapter weight, or none of the adapters ran.
+    """
+    layers = tuner_layers(model)
+    order = _execution_order(layers, forward)
+    idle = [name for name in layers if name not in order]
+    if idle:
+        log.warning("%d adapter(s) never run in a forward pass and are left out: %s", len(idle), ", ".join(idle[:3]))
+        for name in idle:
+            layers[name].requires_grad_(False)
+    modules = dict(model.named_modules())
+    groups: dict[str, list[str]] = {}
+    for name in order:
+        site = _enclosing_layer(modules, name) if granularity == "layer" else name
+        groups.setdefault(site, []).append(name)
+    units: list[Unit] = []
+    for site, members in groups.items():
+        parameters = {
+            f"{name}.{key}": parameter
+            for name in members
+            for key, parameter in layers[name].named_parameters()
+            if parameter.requires_grad
+        }
+        member_layers = [layers[name] for name in members]
+        off, read_at = _switch_off(member_layers), modules[site]
+        if granularity == "matrix":
+            for key, parameter in parameters.items():
+                units.append(Unit(_short(key), len(units), {key: parameter}, read_at, off))
+        elif parameters:
+            units.append(Unit(_short(site), len(units), parameters, read_at, off, _delta_weights(member_layers)))
+    if not units:
+        raise ValueError(
+            "the model has no adapter weights to freeze: none is trainable, or none runs in a forward pass"
+        )
+    return units
+
+
+def save_adapter(model: PeftModel, folder: Path, *, initial: Mapping[str, Tensor] | None = None) -> None:
+    r"""Write adapters and head in PEFT's format, so that ``PeftModel.from_pretrained`` loads them on the pre-trained base.
+
+    Where attaching took :math:`s B_0 A_0` out of the base (PiSSA, NeurIPS 2024, section 3), the update of the pre-trained
+    weight is a plain LoRA of twice the rank:
+
+    .. math:: \Delta W = s\,(B A - B_0 A_0) = s\,[B\;\; {-B_0}]\,[A;\; A_0]
+
+    Deviation: PEFT's own conversion (0.21) loses the head.
+
+    Args:
+        model: The trained model.
+        folder: Where to write.
+        initial: :attr:`Attached.initial`.
+    """
+    if initial is None:
+        model.save_pretrained(str(folder))
+        return
+    weights = get_peft_model_state_dict(model)
+    for key in weights:
+        if ".lora_A." in key or ".lora_embedding_A" in key:
+            weights[key] = torch.cat([weights[key], initial[key].to(weights[key])], dim=0)
+        elif ".lora_B." in key or ".lora_embedding_B" in key:
+            weights[key] = torch.cat([weights[key], -initial[key].to(weights[key])], dim=1)
+    config: Any = copy.deepcopy(model.peft_config["default"])
+    # alpha / r, or alpha / sqrt(r) with rsLoRA, must stay what it was in training.
+    alpha_factor = math.sqrt(2) if config.use_rslora else 2
+    config.init_lora_weights = True
+    config.r, config.lora_alpha = 2 * config.r, alpha_factor * config.lora_alpha
+    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {name: alpha_factor * alpha for name, alpha in config.alpha_pattern.items()}
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: tensor.detach().contiguous() for key, tensor in weights.items()}, folder / "adapter_model.safetensors"
+    )
+    config.save_pretrained(str(folder))
+
+
+def _execution_order(layers: Mapping[str, nn.Module], forward: Callable[[], object]) -> list[str]:
+    order: dict[str, None] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda module, inputs: order.setdefault(name)
+
+    hooks = [layer.register_forward_pre_hook(record(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(order)
+
+
+def _enclosing_layer(modules: Mapping[str, nn.Module], name: str) -> str:
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if isinstance(modules[".".join(parts[:i])], nn.ModuleList):
+            return ".".join(parts[: i + 1])
+    return name
+
+
+def _short(name: str) -> str:
+    """A name as in the base model, without PEFT's wrappers."""
+    return name.removeprefix("base_model.model.")
+
+
+def _switch_off(layers: Sequence[Any]) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def off() -> Iterator[None]:
+        # Not enable_adapters(False): on the way back it turns requires_grad on for frozen adapters too (peft 0.21).
+        before = [layer._disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
+
+    return off
+
+
+def _delta_weights(layers: Sequence[Any]) -> Callable[[], Iterator[Tensor]] | None:
+    if not all(hasattr(layer, "get_delta_weight") for layer in layers):
+        return None
+
+    def deltas() -> Iterator[Tensor]:
+        for layer in layers:
+            for adapter in layer.active_adapters:
+                yield layer.get_delta_weight(adapter).detach()
+
+    return deltas

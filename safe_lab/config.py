@@ -1,0 +1,455 @@
+"""The YAML schema of a run: one frozen model per section, one line of documentation per field.
+
+``load`` reads a file, applies dotted overrides, checks everything at once and returns a :class:`Config`; ``dump`` writes one
+that loads to the same. Nothing here imports torch, so a bad configuration is answered in an instant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from safe_lab import yaml_core
+from safe_lab.data.tasks import TASKS
+from safe_lab.importance import METRICS
+from safe_lab.policy import POLICIES
+from safe_lab.schedule import CURVES
+from safe_lab.suggest import did_you_mean
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _metric_options() -> str:
+    def choices(values: tuple[Any, ...]) -> str:
+        return (
+            f"{values[0]} (between {values[1]} and {values[2]})"
+            if isinstance(values[0], float)
+            else " | ".join(map(str, values)).lower()
+        )
+
+    return "; ".join(
+        f"{name}: " + ", ".join(f"{key}={choices(values)}" for key, values in metric.options.items())
+        for name, metric in METRICS.items()
+        if metric.options
+    )
+
+
+class ConfigError(ValueError):
+    """A configuration the user can mend; the message has one line for each fault."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings that knows no key but its own."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=False, protected_namespaces=(), coerce_numbers_to_str=False
+    )
+
+
+class ModelSection(Section):
+    """The pre-trained model."""
+
+    path: str = Field(
+        min_length=1, description="hub id, local folder, or package://name/path inside an installed package"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the weights")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="attention implementation; null: the library's choice"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class DataSection(Section):
+    """The task and its examples."""
+
+    task: str = Field(description="a task of safe_lab.data: " + ", ".join(TASKS))
+    path: str | None = Field(
+        None,
+        description="file or folder of JSONL, CSV, TSV or Parquet, folder of datasets, or hub id; null: the task's own source",
+    )
+    text_column: str | None = Field(None, description="column of the (first) text; null: the task's own")
+    text_pair_column: str | None = Field(None, description="column of the second text; null: the task's own")
+    label_column: str | None = Field(None, description="column of the label; null: the task's own")
+    labels: tuple[str, ...] | None = Field(
+        None, description="names of the labels in the order of their ids; null: from the data"
+    )
+    max_length: Annotated[int, Field(ge=4)] = Field(128, description="tokens a text (or pair) is cut to")
+    max_train_samples: Count | None = Field(
+        None, description="random subset of the training split, in examples; null: all"
+    )
+    max_validation_samples: Count | None = Field(
+        None, description="random subset of each validation split, in examples; null: all"
+    )
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="share of the training split held out where the source has no validation split"
+    )
+    group_by_length: bool = Field(
+        False, description="batches of texts of like length: less padding, a little less random"
+    )
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, task: str) -> str:
+        return _known("task", task, TASKS)
+
+
+class AdapterSection(Section):
+    """The adapters, through PEFT."""
+
+    method: str = Field(
+        "lora",
+        min_length=1,
+        description="PEFT method by its name: lora, loha, lokr, ia3, oft, vera, ... (its layers must be BaseTunerLayer)",
+    )
+    rank: Count | None = Field(None, description="rank r; null: the method's default (LoRA: 8)")
+    alpha: Positive | None = Field(
+        None, description="scaling numerator, LoRA scales by alpha / rank; null: the method's default (LoRA: 8)"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="dropout on the adapter's input; null: the method's default (LoRA: 0)"
+    )
+    target_modules: tuple[str, ...] | str | None = Field(
+        None,
+        description="names of modules to adapt, a regular expression, or all-linear; null: PEFT's choice for the model",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of the method's own PEFT config: use_rslora, use_dora, init_lora_weights, ...",
+    )
+
+
+class TrainingSection(Section):
+    """The optimisation."""
+
+    epochs: Count = Field(10, description="passes over the training split")
+    max_steps: Count | None = Field(None, description="optimizer steps after which training ends; null: as epochs say")
+    batch_size: Count = Field(32, description="examples in a micro-batch, per process")
+    gradient_accumulation: Count = Field(1, description="micro-batches in an optimizer step")
+    eval_batch_size: Count = Field(64, description="examples in an evaluation batch, per process")
+    learning_rate: Positive = Field(1e-3, description="peak learning rate of AdamW")
+    weight_decay: NonNegative = Field(0.01, description="AdamW's decoupled weight decay")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's decay of the first moment")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's decay of the second moment")
+    adam_epsilon: Positive = Field(1e-8, description="AdamW's epsilon")
+    lr_schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = Field(
+        "linear", description="learning-rate schedule of transformers"
+    )
+    warmup_ratio: Share = Field(0.06, description="share of the steps over which the learning rate rises")
+    max_grad_norm: Positive | None = Field(
+        1.0, description="gradient norm above which gradients are scaled down; null: never"
+    )
+    mixed_precision: Literal["none", "bf16", "fp16"] = Field(
+        "none", description="automatic mixed precision of Accelerate"
+    )
+    log_every: Count = Field(10, description="optimizer steps between rows of metrics.jsonl")
+    eval_every: Literal["epoch", "never"] | Count = Field(
+        "epoch", description="evaluate after each epoch, every N steps, or never before the end"
+    )
+    save_every: Literal["epoch", "never"] | Count = Field(
+        "epoch", description="checkpoint after each epoch, every N steps, or never"
+    )
+    keep_checkpoints: Count = Field(2, description="newest checkpoints to keep")
+    select: Literal["best", "last"] = Field(
+        "best", description="weights the run ends with: those of the best evaluation, or the last"
+    )
+    early_stopping: Count | None = Field(
+        None, description="evaluations without a better main metric after which training stops; null: never"
+    )
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="processes that load data; 0: the training process itself"
+    )
+
+
+class FreezingSection(Section):
+    """Which adapters freeze when (the paper's part)."""
+
+    policy: str = Field("safe", description="; ".join(f"{name}: {policy.summary}" for name, policy in POLICIES.items()))
+    metric: str = Field(
+        "cka", description="importance; " + "; ".join(f"{name}: {metric.summary}" for name, metric in METRICS.items())
+    )
+    metric_options: dict[str, Any] = Field(
+        default_factory=dict, description=f"options of the metric, default first; {_metric_options()}"
+    )
+    unit: Literal["layer", "module", "matrix"] = Field(
+        "layer", description="what freezes as one: all adapters of a layer, one adapted module, or one weight matrix"
+    )
+    normalize: Literal["none", "max", "rank"] = Field(
+        "none", description="scores as they are, divided by the largest, or their rank / number of units"
+    )
+    probe_samples: Count | None = Field(
+        None,
+        description="training examples on which scores are computed; null: 128, but at most 1 in 40 of the training split",
+    )
+    interval: Literal["epoch"] | Count = Field("epoch", description="a scoring after each epoch, or every N steps")
+    warmup: Annotated[int, Field(ge=0)] | Literal["stable"] = Field(
+        1,
+        description="t_w in intervals: nothing freezes up to it; stable: until no score changes by more than stable_share",
+    )
+    stable_share: Positive = Field(
+        0.05, description="relative change between two scorings under which a score counts as settled (warmup: stable)"
+    )
+    final: Count = Field(6, description="t_f in intervals: the threshold is final_threshold from then on")
+    curve: str = Field(
+        "cubic",
+        description="how the threshold rises from t_w to t_f; "
+        + "; ".join(f"{name}: {curve.summary}" for name, curve in CURVES.items()),
+    )
+    stairs: Count = Field(4, description="number of equal rises (curve: step)")
+    final_threshold: float = Field(
+        0.05, allow_inf_nan=False, description="tau_T: from t_f on, units of lower score freeze (policy safe)"
+    )
+    final_share: Share = Field(0.5, description="share of the units frozen from t_f on (policies prefix and random)")
+    refresh: bool = Field(True, description="score anew at each interval; false: keep the scores of the end of warm-up")
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, policy: str) -> str:
+        return _known("policy", policy, POLICIES)
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, metric: str) -> str:
+        return _known("metric", metric, METRICS)
+
+    @field_validator("curve")
+    @classmethod
+    def _known_curve(cls, curve: str) -> str:
+        return _known("curve", curve, CURVES)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> FreezingSection:
+        if isinstance(self.warmup, int) and self.final < self.warmup:
+            raise PydanticCustomError(
+                "final",
+                f"final (t_f) is {self.final}, before warmup (t_w), {self.warmup}: the rise cannot end before it begins",
+            )
+        try:
+            METRICS[self.metric].check_options(self.metric_options)
+        except ValueError as error:
+            raise PydanticCustomError("option", f"metric_options: {error}") from None
+        return self
+
+
+class TrackingSection(Section):
+    """Where figures go besides the run folder."""
+
+    wandb: Literal["offline", "online", "disabled"] = Field(
+        "offline", description="W&B: files in the run folder only, sent at once, or off; never a prompt"
+    )
+    project: str = Field("safe_lab", min_length=1, description="project name for W&B and the other trackers")
+    others: tuple[
+        Literal["tensorboard", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"], ...
+    ] = Field((), description="further trackers of Accelerate, by name")
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(description="experiment; the run folder is <output_dir>/<name>/<variant>/seed-<seed>")
+    variant: str = Field("default", description="variant within the experiment")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="seed of head and adapter initialisation, data order, dropout and probe"
+    )
+    output_dir: str = Field("runs", min_length=1, description="folder of all run folders")
+    model: ModelSection
+    data: DataSection
+    adapter: AdapterSection = AdapterSection()
+    training: TrainingSection = TrainingSection()
+    freezing: FreezingSection = FreezingSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @field_validator("name", "variant")
+    @classmethod
+    def _plain_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w][\w.+=,-]*", name):
+            raise PydanticCustomError(
+                "folder",
+                f"{name!r} is no plain folder name: letters, digits and . _ + = , - are allowed, and no leading dot",
+            )
+        return name
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.output_dir) / self.name / self.variant / f"seed-{self.seed}"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides such as ``training.epochs=3``, and check the whole.
+
+    Args:
+        path: A YAML file (YAML 1.2: ``1e-3`` is a number, ``no`` a string).
+        overrides: ``dotted.key=value``; the value is read as YAML.
+
+    Raises:
+        ConfigError: With one line for every fault found.
+    """
+    tree = _parse(_read(Path(path)), where=str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a mapping of sections is needed, got {type(tree).__name__}")
+    faults = []
+    for override in overrides:
+        try:
+            _override(tree, override)
+        except ConfigError as fault:
+            faults.append(str(fault))
+    try:
+        config = build(tree)
+    except ConfigError as more:
+        faults.append(str(more))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return config
+
+
+def build(tree: Mapping[str, Any]) -> Config:
+    """Check a tree of plain values, as read from YAML.
+
+    Raises:
+        ConfigError: With one line for every fault found.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as invalid:
+        faults: dict[str, list[str]] = {}
+        for error in invalid.errors(include_url=False):
+            key, rule = _explain(error)
+            faults.setdefault(key, []).append(rule)
+        # A union reports each of its arms: one line a key, arms joined by "or".
+        raise ConfigError(
+            "\n".join(f"{key}: {', or '.join(rules)}" if key else rules[0] for key, rules in faults.items())
+        ) from None
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML with every default written out; ``load`` gives the same back."""
+    return yaml_core.write(config.model_dump(mode="json"))
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed but will hardly be meant: settings that have no effect, or thresholds that decide nothing."""
+    freezing, training = config.freezing, config.training
+    found = []
+    if POLICIES[freezing.policy].uses_scores:
+        bounded = freezing.normalize != "none" or freezing.metric in ("cka", "random")
+        if freezing.final_threshold <= 0 and freezing.metric != "contribution":
+            found.append(
+                f"freezing.final_threshold is {freezing.final_threshold:g}, and no score lies under it: "
+                "nothing can ever freeze"
+            )
+        if bounded and freezing.final_threshold > 1:
+            found.append(
+                f"freezing.final_threshold is {freezing.final_threshold:g}, and no score is over 1: "
+                "all units freeze, at t_f at the latest"
+            )
+    if freezing.policy != "none" and freezing.interval == "epoch" and training.max_steps is None:
+        at_once = freezing.curve == "constant" or freezing.policy == "all"
+        first = max(1, freezing.warmup + (not at_once)) if isinstance(freezing.warmup, int) else 2
+        if first >= training.epochs:
+            found.append(
+                f"training.epochs is {training.epochs}, and no unit can freeze before the end of epoch {first}: "
+                "freezing saves nothing"
+            )
+    return found
+
+
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Every field of the schema as (dotted key, type, default, description), in order."""
+    for name, field in section.model_fields.items():
+        key = prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from fields(field.annotation, key + ".")
+            continue
+        default = "required" if field.is_required() else _plain(field.get_default(call_default_factory=True))
+        yield key, _type_name(section.__annotations__[name]), default, field.description or ""
+
+
+# What pydantic adds to an error's place to say which arm of a union it is about.
+_UNION_ARM = re.compile(r"[\[(]|^(constrained-\w+|int|str|literal|none|dict|tuple|bool|float)$")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such file{did_you_mean(str(path), beside)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml_core.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override}: an override reads dotted.key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {parent} holds a value, not a section")
+    tree[last] = _parse(value, where=key)
+
+
+def _known(what: str, name: str, known: Mapping[str, Any]) -> str:
+    if name not in known:
+        raise PydanticCustomError(
+            "unknown", f"{name!r} is no {what}{did_you_mean(name, known)}; there are {', '.join(known) or 'none'}"
+        )
+    return name
+
+
+def _explain(error: Any) -> tuple[str, str]:
+    """The dotted key, and in one line: the rule, the value got, the near name if the key is unknown."""
+    place = [str(part) for part in error["loc"] if not (isinstance(part, str) and _UNION_ARM.search(part))]
+    key = ".".join(place)
+    if error["type"] == "extra_forbidden":
+        return key, f"unknown key{did_you_mean(place[-1], _keys_beside(place))}"
+    if error["type"] == "missing":
+        return key, "missing, and there is no default"
+    if error["type"] in ("unknown", "option", "final", "folder"):
+        return key, error["msg"]
+    message = error["msg"].replace("valid dictionary or instance of", "mapping, the keys of")
+    return key, f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
+
+
+def _keys_beside(place: Sequence[str]) -> list[str]:
+    section: Any = Config
+    for part in place[:-1]:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _plain(value: Any) -> str:
+    return yaml_core.write(list(value) if isinstance(value, tuple) else value, flow=True).removesuffix("...\n").strip()
+
+
+def _type_name(annotation: str) -> str:
+    names = re.sub(r"Annotated\[(\w+), Field\(([^)]*)\)\]", r"\1 (\2)", annotation)
+    names = re.sub(r"Literal\[([^\]]*)\]", lambda match: re.sub("[\"']", "", match[1]).replace(", ", " | "), names)
+    for short, long in {
+        "Count": "int (ge=1)",
+        "Share": "float (0 to 1)",
+        "Positive": "float (gt=0)",
+        "NonNegative": "float (ge=0)",
+        "None": "null",
+    }.items():
+        names = re.sub(rf"\b{short}\b", long, names)
+    return re.sub(r"tuple\[(.*?), \.\.\.\]", r"list of \1", names.replace("dict[str, Any]", "mapping"))

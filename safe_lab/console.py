@@ -1,0 +1,148 @@
+"""What the person sees: a progress bar, a line at each freeze event, a table at the end.
+
+On a terminal the bar moves; in a log file a line is written for each epoch. :class:`Console` with ``quiet`` shows nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from safe_lab import tracking
+from safe_lab.freezing import Freezer, Scoring
+from safe_lab.units import Unit
+
+
+class Console:
+    """The terminal of one run."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Write to standard error, or nothing at all."""
+        self.rich = RichConsole(stderr=True, quiet=quiet)
+        if not self.rich.is_terminal:
+            self.rich = RichConsole(stderr=True, quiet=quiet, width=140)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.rich,
+            disable=quiet or not self.rich.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._loss = ""
+
+    def say(self, line: str) -> None:
+        """One line, as it is."""
+        self.rich.print(escape(line), highlight=False, soft_wrap=True)
+
+    def start(self, num_steps: int, step: int) -> None:
+        """Begin at ``step``."""
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=num_steps, completed=step)
+
+    def advance(self, step: int, freezer: Freezer) -> None:
+        """An optimizer step was done."""
+        if self._task is not None and not self._progress.disable:
+            state = f"threshold {freezer.level:.3g} frozen {freezer.frozen_share:.0%} depth {freezer.frozen_depth}"
+            self._progress.update(self._task, completed=step, description=f"{self._loss}{state}")
+
+    def logged(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics was written."""
+        self._loss = f"loss {row[tracking.LOSS]:.4f} "
+
+    def evaluated(self, epoch: float, metrics: Mapping[str, float]) -> None:
+        """An evaluation was made."""
+        self.say(
+            f"epoch {epoch:5.2f}  {self._loss} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        )
+
+    def scored(self, scoring: Scoring, units: Sequence[Unit], epoch: float) -> None:
+        """A scoring was made; one line if something froze."""
+        if not scoring.froze:
+            return
+        froze = ", ".join(
+            units[i].name + ("" if scoring.scores is None else f" (score {scoring.scores[i]:.3g})")
+            for i in scoring.froze
+        )
+        self.say(
+            f"epoch {epoch:5.2f}  freeze at threshold {scoring.level:.3g}: {froze}; "
+            f"frozen share {scoring.frozen_share:.0%}, frozen depth {scoring.frozen_depth} of {len(units)}"
+        )
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+    def summarize(self, result: Mapping[str, Any], folder: Path) -> None:
+        """The tables at the end, and where the files are."""
+        metrics = Table("metric", "value", title="task metrics", title_justify="left")
+        for name, value in result["metrics"].items():
+            metrics.add_row(name, f"{value:.4f}")
+        for name, value in result["baselines"].items():
+            metrics.add_row(f"baseline: {name}", f"{value:.4f}")
+        self.rich.print(metrics)
+        adapters = Table(
+            "depth",
+            "adapter",
+            "first score",
+            "last score",
+            "frozen at epoch",
+            "threshold then",
+            title="adapters",
+            title_justify="left",
+        )
+        for adapter in result["adapters"]:
+            adapters.add_row(
+                str(adapter["depth"]),
+                escape(adapter["unit"]),
+                _number(adapter["first_score"]),
+                _number(adapter["last_score"]),
+                _number(adapter["frozen_at_epoch"]),
+                _number(adapter["threshold"]),
+            )
+        self.rich.print(adapters)
+        timeline = Table(
+            "scoring",
+            "epoch",
+            "threshold",
+            "frozen share",
+            "frozen depth",
+            title="freezing over time",
+            title_justify="left",
+        )
+        for scoring in result["timeline"]:
+            timeline.add_row(
+                str(scoring["scoring"]),
+                _number(scoring["epoch"]),
+                _number(scoring["threshold"]),
+                f"{scoring['frozen_share']:.0%}",
+                str(scoring["frozen_depth"]),
+            )
+        self.rich.print(timeline)
+        seconds = result["seconds"]
+        self.say(
+            f"{sum(seconds.values()):.1f} s: "
+            + ", ".join(f"{activity} {value:.1f} s" for activity, value in seconds.items())
+        )
+        self.say(f"files: {folder}  (adapter for PEFT: {folder / 'adapter'})")
+
+
+def log_to(console: Console) -> None:
+    """Show warnings of safe_lab on the console, without tearing the progress bar."""
+    logger = logging.getLogger("safe_lab")
+    logger.handlers = [RichHandler(console=console.rich, show_time=False, show_path=False, markup=False)]
+    logger.propagate = False
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,173 @@
+"""Data: from a task's name and a source to tokenised splits, their batches and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from safe_lab.data.encode import encode, read_texts
+from safe_lab.data.metrics import compute_metrics
+from safe_lab.data.sources import TEST, TRAIN, load_splits, read_label_names
+from safe_lab.data.tasks import TASKS, Task
+from safe_lab.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+    from safe_lab.data.batches import Collator, EpochBatchSampler
+
+__all__ = ["TASKS", "Collator", "Data", "EpochBatchSampler", "Task", "compute_metrics", "load_data"]
+
+
+def __getattr__(name: str) -> Any:
+    # Batches need torch, which the configuration must not wait for when it reads TASKS.
+    if name in ("Collator", "EpochBatchSampler"):
+        from safe_lab.data import batches
+
+        return getattr(batches, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and validates on.
+
+    Attributes:
+        task: With the columns in use.
+        train: Tokenised; columns as :func:`safe_lab.data.encode.encode` makes them.
+        validation: Tokenised, by name of the validation split.
+        labels: Names in the order of their ids; empty for regression.
+        num_truncated: Rows longer than ``max_length``, by split.
+        baselines: Validation accuracy without a language model, by name; of ``docstrings`` only.
+    """
+
+    task: Task
+    train: datasets.Dataset
+    validation: dict[str, datasets.Dataset]
+    labels: tuple[str, ...]
+    num_truncated: dict[str, int]
+    baselines: dict[str, float]
+
+
+def load_data(
+    *,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | None = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+    labels: Sequence[str] | None = None,
+    max_length: int = 128,
+    max_train_samples: int | None = None,
+    max_validation_samples: int | None = None,
+    validation_share: float = 0.1,
+    seed: int = 0,
+) -> Data:
+    """Read, check and tokenise the splits of a task. Test splits are left alone.
+
+    Args:
+        task: A name of :data:`TASKS`.
+        tokenizer: Of the model.
+        path: See :func:`safe_lab.data.sources.load_splits`.
+        text_column: Column of the (first) text; None: the task's own. Likewise the other columns.
+        text_pair_column: Column of the second text.
+        label_column: Column of the label.
+        labels: Names in the order of their ids. None: the task's, else ``labels.json``, else the features of a
+            ``datasets`` folder, else the different values in train, sorted.
+        max_length: Longest row in tokens.
+        max_train_samples: Size of a random subset of train; None: all.
+        max_validation_samples: The same of each validation split.
+        validation_share: Held out of train where there is no validation split.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: Anything in the arguments or the data that the user can mend.
+        FileNotFoundError: There is no such file, folder or train split.
+        ConnectionError: The hub cannot be reached.
+    """
+    if task not in TASKS:
+        raise ValueError(f"data.task={task!r} is not known{did_you_mean(task, TASKS)}; known are {', '.join(TASKS)}")
+    if max_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"data.max_length is {max_length}, and the tokenizer's model takes {tokenizer.model_max_length}"
+        )
+    spec = replace(
+        TASKS[task],
+        text_column=text_column or TASKS[task].text_column,
+        text_pair_column=text_pair_column or TASKS[task].text_pair_column,
+        label_column=label_column or TASKS[task].label_column,
+    )
+    raw = load_splits(path, spec, label_column=spec.label_column, validation_share=validation_share, seed=seed)
+    raw.pop(TEST, None)
+    for split, dataset in raw.items():
+        _check_columns(dataset, spec, split)
+    names = None if spec.kind == "regression" else _find_labels(labels, spec, path, raw[TRAIN])
+
+    encoded: dict[str, datasets.Dataset] = {}
+    num_truncated: dict[str, int] = {}
+    for split, dataset in raw.items():
+        size = max_train_samples if split == TRAIN else max_validation_samples
+        raw[split] = _draw(dataset, size, seed)
+        encoded[split], num_truncated[split] = encode(
+            raw[split],
+            tokenizer,
+            split=split,
+            text_column=spec.text_column,
+            text_pair_column=spec.text_pair_column,
+            label_column=spec.label_column,
+            labels=names,
+            max_length=max_length,
+        )
+    reference = {}
+    if task == "docstrings" and path is None:
+        from safe_lab.data.docstrings import baselines
+
+        train_texts, validation_texts = (read_texts(raw[split], "text", split) for split in (TRAIN, "validation"))
+        reference = baselines(train_texts, encoded[TRAIN]["labels"], validation_texts, encoded["validation"]["labels"])
+    train = encoded.pop(TRAIN)
+    return Data(spec, train, encoded, names or (), num_truncated, reference)
+
+
+def _check_columns(dataset: datasets.Dataset, task: Task, split: str) -> None:
+    keys = {
+        "text_column": task.text_column,
+        "text_pair_column": task.text_pair_column,
+        "label_column": task.label_column,
+    }
+    there = dataset.column_names
+    for key, column in keys.items():
+        if column is not None and column not in there:
+            raise ValueError(
+                f"data.{key}: split {split} has no column {column!r}{did_you_mean(column, there)}; "
+                f"its columns are {', '.join(there) or 'none'}"
+            )
+
+
+def _find_labels(given: Sequence[str] | None, task: Task, path: str | None, train: datasets.Dataset) -> tuple[str, ...]:
+    """Names of the labels, from the first source that has them."""
+    feature = train.features[task.label_column]
+    names = given or task.labels or read_label_names(path) or getattr(feature, "names", None)
+    if names is None:
+        values = {value for value in train[task.label_column] if value is not None and value == value and value != ""}
+        as_ids = {str(value) for value in values}
+        if all(value.isdecimal() for value in as_ids):
+            # Ids without names: the names are the numbers, up to the largest.
+            names = [str(index) for index in range(max(map(int, as_ids), default=-1) + 1)]
+        else:
+            names = sorted(as_ids)
+    if len(set(names)) < len(names) or len(names) < 2:
+        raise ValueError(f"data.labels: a classification needs two or more different labels, got {list(names)}")
+    return tuple(names)
+
+
+def _draw(dataset: datasets.Dataset, size: int | None, seed: int) -> datasets.Dataset:
+    """A random subset in the order of the rows; all of them if there are no more."""
+    import numpy as np
+
+    if size is None or size >= len(dataset):
+        return dataset
+    drawn = np.random.default_rng(seed).choice(len(dataset), size=size, replace=False)
+    return dataset.select(sorted(drawn.tolist()))

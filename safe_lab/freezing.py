@@ -1,0 +1,336 @@
+"""The Freezer: scoring -> decision -> effect, for any module and optimizer.
+
+It knows no configuration, trainer or tracker::
+
+    units = find_units(model, lambda: model(**batch))
+    freezer = Freezer(model, units, optimizer, probe_batches, loss_function, FreezingRule(metric="cka", final=6))
+    for epoch in range(10):
+        train_one_epoch(model, optimizer)
+        scoring = freezer.step(step)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from safe_lab.importance import METRICS
+from safe_lab.importance.probe import Batch, LossFunction, Probe, undisturbed
+from safe_lab.policy import POLICIES, State, frozen_depth, normalize
+from safe_lab.schedule import CURVES, is_settled, threshold
+from safe_lab.suggest import did_you_mean
+from safe_lab.units import Unit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FreezingRule:
+    """What freezes when; see the ``freezing`` section of the YAML for each field.
+
+    Times are counted in scorings, from 1.
+    """
+
+    policy: str = "safe"
+    metric: str = "cka"
+    metric_options: Mapping[str, Any] = field(default_factory=dict)
+    normalize: str = "none"
+    warmup: int | Literal["stable"] = 1
+    stable_share: float = 0.05
+    final: int = 6
+    curve: str = "cubic"
+    stairs: int = 4
+    final_threshold: float = 0.05
+    final_share: float = 0.5
+    refresh: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            ValueError: A policy, metric or curve that does not exist.
+        """
+        for what, name, known in (
+            ("policy", self.policy, POLICIES),
+            ("metric", self.metric, METRICS),
+            ("curve", self.curve, CURVES),
+        ):
+            if name not in known:
+                raise ValueError(f"{name!r} is no {what}{did_you_mean(name, known)}; there are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What one call of :meth:`Freezer.step` came to. Lists are by unit, in the order of execution.
+
+    Attributes:
+        t: Number of the scoring, from 1.
+        step: Optimizer step at which it took place.
+        scores: Importance before normalisation; a frozen unit keeps the score it froze with; None if the policy needs none.
+        normalized: Importance as compared with the threshold; None likewise.
+        level: tau_t, or the share of units that the schedule gives at t.
+        update_norms: ``||Delta W||`` since the start.
+        froze: Units that froze now.
+        frozen: Whether a unit is frozen, after this scoring.
+        frozen_depth: Length of the frozen run from the input, in units.
+        warmup_end: t_w, once it is known.
+        seconds: Wall time of scoring and freezing.
+    """
+
+    t: int
+    step: int
+    scores: list[float] | None
+    normalized: list[float] | None
+    level: float
+    update_norms: list[float]
+    froze: list[int]
+    frozen: list[bool]
+    frozen_depth: int
+    warmup_end: int | None
+    seconds: float
+
+    @property
+    def frozen_share(self) -> float:
+        """Share of the units that are frozen, in [0, 1]."""
+        return sum(self.frozen) / len(self.frozen)
+
+
+class Freezer:
+    """Scores adapters and freezes the unimportant ones, for good.
+
+    What it promises: a frozen weight does not move by a bit any more, even if something else turns its ``requires_grad`` back
+    on (PEFT's ``disable_adapter`` does); the optimizer state of the others is untouched; scoring leaves no trace.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        optimizer: torch.optim.Optimizer,
+        batches: Sequence[Batch],
+        loss_function: LossFunction,
+        rule: FreezingRule = FreezingRule(),
+        *,
+        seed: int = 0,
+        reference_is_current: bool = False,
+    ) -> None:
+        """Take the model as it stands before training; the metric may run the probe once, to keep its reference.
+
+        Args:
+            model: The model.
+            units: Its adapters, in the order of execution.
+            optimizer: The optimizer that trains them (Accelerate's wrapper will do).
+            batches: The probe: fixed examples of the training split, as mappings of tensors on the model's device.
+            loss_function: ``loss_function(model, batch)`` gives the mean loss of a batch.
+            rule: What freezes when.
+            seed: For policies and metrics that draw.
+            reference_is_current: The model as it stands is the pre-trained function, and switching adapters off is not.
+
+        Raises:
+            ValueError: No units.
+        """
+        if not units:
+            raise ValueError("there are no units to freeze")
+        self.model = model
+        self.units = list(units)
+        self.rule = rule
+        self._policy = POLICIES[rule.policy]
+        self._metric = METRICS[rule.metric]
+        self._batches = batches
+        self._loss_function = loss_function
+        self._seed = seed
+        # Accelerate wraps the optimizer; state and hooks live on the one inside.
+        self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._optimizer.register_step_pre_hook(self._hold_frozen)
+        self._t = 0
+        self._frozen: set[int] = set()
+        self._held: list[nn.Parameter] = []
+        self._scores: list[float] | None = None
+        self._warmup_end = rule.warmup if isinstance(rule.warmup, int) else None
+        self._memory: dict[str, Any] = {}
+        self._reference_is_current = reference_is_current
+        self._reference = None
+        with undisturbed(model):
+            self._initial_weights = METRICS["update_norm"].prepare(self._probe(self.units, None))
+            if self._policy.uses_scores:
+                self._reference = self._metric.prepare(self._probe(self.units, None), **rule.metric_options)
+
+    @property
+    def frozen(self) -> list[bool]:
+        """Whether a unit is frozen, by unit."""
+        return [i in self._frozen for i in range(len(self.units))]
+
+    @property
+    def frozen_share(self) -> float:
+        """Share of the units that are frozen, in [0, 1]."""
+        return len(self._frozen) / len(self.units)
+
+    @property
+    def frozen_depth(self) -> int:
+        """Length of the frozen run of units from the input."""
+        return frozen_depth(self._frozen, len(self.units))
+
+    @property
+    def level(self) -> float:
+        """tau_t at the last scoring, or the share of units that the schedule gave."""
+        final = self.rule.final_threshold if self._policy.level == "threshold" else self.rule.final_share
+        return threshold(
+            self._t,
+            start=self._warmup_end,
+            end=self.rule.final,
+            final=final,
+            curve=self.rule.curve,
+            stairs=self.rule.stairs,
+        )
+
+    def step(self, step: int) -> Scoring:
+        """Score the live units, decide, freeze. To be called once an interval.
+
+        Args:
+            step: Number of optimizer steps so far, for the record.
+
+        Raises:
+            FloatingPointError: A score is NaN or infinite; nothing is frozen.
+        """
+        began = time.perf_counter()
+        previous = self._scores
+        if self._policy.uses_scores and (
+            self.rule.refresh or self._warmup_end is None or self._t < max(self._warmup_end, 1)
+        ):
+            self._scores = self._score(step)
+        self._t += 1
+        if self._warmup_end is None and previous is not None and self._scores is not None:
+            self._warmup_end = self._t if is_settled(previous, self._scores, share=self.rule.stable_share) else None
+        normalized = None if self._scores is None else normalize(self._scores, self.rule.normalize)
+        warm = self._warmup_end is not None and self._t >= self._warmup_end
+        froze = self._policy.select(
+            State(normalized or [], self.level, self._frozen, len(self.units), warm, self._seed)
+        )
+        self._warn_of_odd_threshold(normalized, froze)
+        self._freeze(froze)
+        with undisturbed(self.model):
+            update_norms = METRICS["update_norm"].score(self._probe(self.units, self._initial_weights))
+        return Scoring(
+            t=self._t,
+            step=step,
+            scores=None if self._scores is None else list(self._scores),
+            normalized=normalized,
+            level=self.level,
+            update_norms=update_norms,
+            froze=froze,
+            frozen=self.frozen,
+            frozen_depth=self.frozen_depth,
+            warmup_end=self._warmup_end,
+            seconds=time.perf_counter() - began,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides about later scorings: plain values and tensors."""
+        return {
+            "units": [unit.name for unit in self.units],
+            "t": self._t,
+            "frozen": sorted(self._frozen),
+            "scores": self._scores,
+            "warmup_end": self._warmup_end,
+            "memory": self._memory,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`: what was frozen freezes again.
+
+        Raises:
+            ValueError: The state belongs to other units.
+        """
+        names = [unit.name for unit in self.units]
+        if list(state["units"]) != names:
+            raise ValueError(
+                f"the freezing state is of {len(state['units'])} other units than the model's {len(names)}"
+            )
+        self._t = state["t"]
+        self._scores = state["scores"]
+        self._warmup_end = state["warmup_end"]
+        self._memory = dict(state["memory"])
+        self._freeze(state["frozen"])
+
+    def _score(self, step: int) -> list[float]:
+        live = [i for i in range(len(self.units)) if i not in self._frozen]
+        scores = list(self._scores) if self._scores is not None else [math.nan] * len(self.units)
+        if live:
+            probe = self._probe([self.units[i] for i in live], self._reference)
+            with undisturbed(self.model):
+                for i, score in zip(live, self._metric.score(probe, **self.rule.metric_options), strict=True):
+                    scores[i] = score
+        for i in live:
+            if not math.isfinite(scores[i]):
+                raise FloatingPointError(
+                    f"importance {self.rule.metric} of unit {self.units[i].name} is {scores[i]} at step {step}"
+                )
+        return scores
+
+    def _probe(self, units: Sequence[Unit], reference: Any) -> Probe:
+        return Probe(
+            model=self.model,
+            units=units,
+            batches=self._batches,
+            loss_function=self._loss_function,
+            optimizer=self._optimizer,
+            seed=self._seed,
+            scoring=self._t,
+            reference=reference,
+            memory=self._memory,
+            reference_is_current=self._reference_is_current,
+        )
+
+    def _freeze(self, indices: Sequence[int]) -> None:
+        """The effect of a freeze event, in one place; safe to repeat."""
+        self._frozen.update(indices)
+        # A weight that several units share freezes with the last of them.
+        live = {
+            id(parameter)
+            for i, unit in enumerate(self.units)
+            if i not in self._frozen
+            for parameter in unit.parameters.values()
+        }
+        frozen = [parameter for i in sorted(self._frozen) for parameter in self.units[i].parameters.values()]
+        self._held = [parameter for parameter in frozen if id(parameter) not in live]
+        for parameter in self._held:
+            parameter.requires_grad = False
+            # None, not zero: under AdamW's weight decay a zero gradient still moves the weight.
+            parameter.grad = None
+            # Only the state goes; the parameter stays in its group, or the optimizer could not be restored on resume.
+            self._optimizer.state.pop(parameter, None)
+
+    def _hold_frozen(self, *_: object) -> None:
+        """Before each optimizer step: freeze again what something else has turned back on."""
+        loose = [parameter for parameter in self._held if parameter.requires_grad or parameter.grad is not None]
+        if loose:
+            log.warning(
+                "%d frozen weights had been made trainable again (by disable_adapter or set_adapter?); they are frozen again",
+                len(loose),
+            )
+            self._freeze([])
+
+    def _warn_of_odd_threshold(self, normalized: Sequence[float] | None, froze: Sequence[int]) -> None:
+        if normalized is None:
+            return
+        if len(froze) == len(self.units) > 1:
+            log.warning(
+                "scoring %d freezes all %d units at once: the threshold %.3g lies above every score",
+                self._t,
+                len(froze),
+                self.level,
+            )
+        if self._t == max(self.rule.final, self._warmup_end or 0) and not self._frozen and not froze:
+            log.warning(
+                "the threshold has reached its final value, %.3g, and every score lies above it (smallest: %.3g): "
+                "nothing freezes; raise final_threshold, or normalize the scores",
+                self.level,
+                min(normalized),
+            )

@@ -1,0 +1,146 @@
+"""Which units freeze now: pure functions of scores, level and what is frozen already.
+
+A policy sees the whole model as lists by unit, in the order of execution from the input, and returns the units that freeze at
+this scoring. Freezing is for good: what is frozen already is never returned, and never comes back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class State:
+    """What a policy decides on, at one scoring.
+
+    Attributes:
+        scores: Importance by unit, as normalised; empty for a policy that needs none.
+        level: What the schedule gives now: a threshold on the scores, or a share of the units in [0, 1].
+        frozen: Units frozen already.
+        num_units: Number of units.
+        warm: Whether warm-up is over.
+        seed: Seed of the run, for policies that draw.
+    """
+
+    scores: Sequence[float]
+    level: float
+    frozen: Collection[int]
+    num_units: int
+    warm: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One row of :data:`POLICIES`.
+
+    Attributes:
+        select: The decision: units that freeze now, in ascending order.
+        summary: One line for ``--help``.
+        level: What the schedule rises to: the threshold ``final_threshold`` or the share ``final_share``.
+    """
+
+    select: Callable[[State], list[int]]
+    summary: str
+    level: Literal["threshold", "share"] = "share"
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether units have to be scored for this policy."""
+        return self.level == "threshold"
+
+
+def select_none(state: State) -> list[int]:
+    """No unit, ever: plain adapter tuning."""
+    return []
+
+
+def select_safe(state: State) -> list[int]:
+    """Units whose importance lies under the threshold, ``Imp(A_i) < tau_t``.
+
+    Source: SAFE, NAACL 2025, section on freezing.
+
+    >>> select_safe(State(scores=[0.1, 0.3, 0.05], level=0.2, frozen=[2], num_units=3, warm=True, seed=0))
+    [0]
+    """
+    return [unit for unit, score in enumerate(state.scores) if unit not in state.frozen and score < state.level]
+
+
+def select_prefix(state: State) -> list[int]:
+    """The first ``floor(level * num_units)`` units from the input, by schedule alone.
+
+    >>> select_prefix(State(scores=[], level=0.5, frozen=[0], num_units=6, warm=True, seed=0))
+    [1, 2]
+    """
+    return [unit for unit in range(_count(state)) if unit not in state.frozen]
+
+
+def select_random(state: State) -> list[int]:
+    """As many units as ``prefix`` freezes, in an order drawn from the seed: the control for any order of freezing."""
+
+    def draw(unit: int) -> bytes:
+        return hashlib.sha256(f"{state.seed}/{unit}".encode()).digest()
+
+    order = sorted(range(state.num_units), key=draw)
+    return sorted(unit for unit in order[: _count(state)] if unit not in state.frozen)
+
+
+def select_all(state: State) -> list[int]:
+    """Every unit at the end of warm-up: the head trains on alone. The lower bound of cost."""
+    return [unit for unit in range(state.num_units) if unit not in state.frozen] if state.warm else []
+
+
+def _count(state: State) -> int:
+    # A share such as 0.3 of 10 units must give 3, though 0.3 * 10 may round to 2.999...
+    return int(state.level * state.num_units + 1e-9)
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "none": Policy(select_none, "nothing freezes"),
+        "safe": Policy(select_safe, "units of importance under the threshold (the paper's)", level="threshold"),
+        "prefix": Policy(select_prefix, "a growing share of the units from the input, by schedule alone"),
+        "random": Policy(select_random, "a growing share of the units in random order"),
+        "all": Policy(select_all, "every unit at the end of warm-up"),
+    }
+)
+
+
+def normalize(scores: Sequence[float], how: str) -> list[float]:
+    """Scores on the scale that the threshold is compared with.
+
+    ``none``: as they are (the paper's). ``max``: divided by the largest magnitude, so that the largest is 1. ``rank``: rank
+    from the least important, over the number of units, in (0, 1]; ties share the lowest rank of theirs.
+
+    Args:
+        scores: Raw scores by unit.
+        how: ``none``, ``max`` or ``rank``.
+
+    >>> normalize([0.2, 0.1, 0.4], "rank")
+    [0.6666666666666666, 0.3333333333333333, 1.0]
+    >>> normalize([0.2, 0.1, 0.4], "max")
+    [0.5, 0.25, 1.0]
+    """
+    if how == "max":
+        largest = max((abs(score) for score in scores), default=0.0)
+        return [score / largest if largest > 0 else 0.0 for score in scores]
+    if how == "rank":
+        ordered = sorted(scores)
+        return [(ordered.index(score) + 1) / len(scores) for score in scores]
+    return list(scores)
+
+
+def frozen_depth(frozen: Collection[int], num_units: int) -> int:
+    """Length of the frozen run of units from the input: what frees activations.
+
+    >>> frozen_depth({0, 1, 3}, 6)
+    2
+    """
+    depth = 0
+    while depth < num_units and depth in frozen:
+        depth += 1
+    return depth

@@ -1,0 +1,33 @@
+"""The random streams of a process as plain values: what a checkpoint keeps and a resumed run sets."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def get_rng_state() -> dict[str, Any]:
+    """State of Python's, NumPy's and torch's streams (CPU and every CUDA device), as values ``weights_only`` loads."""
+    numpy_state: Any = np.random.get_state(legacy=True)
+    algorithm, keys, position, has_gauss, gauss = numpy_state
+    return {
+        "python": random.getstate(),
+        "numpy": (algorithm, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Set the streams to what :func:`get_rng_state` gave."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    algorithm, keys, *rest = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,202 @@
+"""The folder of a run: who may write into it, what lies in it, and its files row by row.
+
+``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``importance.jsonl``, ``events.jsonl``, ``result.json``, ``adapter/``,
+``checkpoints/``; the columns are documented in docs/run_folder.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safe_lab import config as configuration
+from safe_lab.config import Config, ConfigError
+
+log = logging.getLogger(__name__)
+
+ROW_FILES = ("metrics.jsonl", "importance.jsonl", "events.jsonl")
+
+
+class RunFolderError(ConfigError):
+    """A run folder that cannot be used as asked; the message says what to do."""
+
+
+class AlreadyFinishedError(RunFolderError):
+    """The run folder holds this very run, finished."""
+
+
+class RunFolder:
+    """A run folder held by this process."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the folder; :func:`claim` opens it for writing."""
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter in PEFT's format."""
+        return self.path / "adapter"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What the run came to, or None if it has not ended."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def append(self, file: str, row: Mapping[str, Any]) -> None:
+        """Add a row to one of the JSONL files."""
+        with (self.path / file).open("a", encoding="utf-8") as stream:
+            stream.write(to_json(row) + "\n")
+
+    def rows(self, file: str) -> list[dict[str, Any]]:
+        """The rows of one of the JSONL files."""
+        path = self.path / file
+        if not path.exists():
+            return []
+        # Not splitlines(): it also breaks at separators that JSON leaves inside a string.
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each JSONL file, to which a resumed run cuts them back."""
+        return {file: (self.path / file).stat().st_size if (self.path / file).exists() else 0 for file in ROW_FILES}
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Cut the JSONL files back to ``sizes``: rows after a checkpoint will be written again.
+
+        Raises:
+            RunFolderError: A file is shorter than it was at the checkpoint.
+        """
+        for file, size in sizes.items():
+            path = self.path / file
+            path.touch()
+            if path.stat().st_size < size:
+                raise RunFolderError(
+                    f"{path}: {path.stat().st_size} bytes, {size} at the checkpoint: rows were lost; --overwrite starts anew"
+                )
+            os.truncate(path, size)
+
+    def write(self, file: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        path = self.path / file
+        unfinished = path.with_name(f".unfinished-{file}")
+        with unfinished.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+
+
+@contextmanager
+def claim(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Hold the run folder of a configuration while the run writes to it.
+
+    Raises:
+        RunFolderError: A live run holds it; it holds a finished or unfinished run, or one of another configuration, and neither
+            ``resume`` nor ``overwrite`` says what is to become of it.
+    """
+    path = config.run_folder
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # The lock goes with the process, however it ends.
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written to ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"{path}: a live run is writing to this folder; wait for it, or give this run another name, variant or seed"
+            ) from None
+        check(config, resume=resume, overwrite=overwrite)
+        if overwrite:
+            _empty(path)
+        folder = RunFolder(path)
+        folder.write("config.yaml", configuration.dump(config))
+        yield folder
+
+
+def check(config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Whether the run folder of a configuration can be used as asked.
+
+    Raises:
+        AlreadyFinishedError: It holds this very run, finished.
+        RunFolderError: It holds another run or an unfinished one, and neither ``resume`` nor ``overwrite`` says what is to
+            become of it.
+    """
+    path = config.run_folder
+    if overwrite or not (path / "config.yaml").exists():
+        return
+    finished = (path / "result.json").exists()
+    state = "a finished" if finished else "an unfinished"
+    try:
+        differences = _differences(configuration.load(path / "config.yaml"), config)
+    except configuration.ConfigError as error:
+        raise RunFolderError(
+            f"{path}: holds {state} run whose config.yaml this version cannot read ({error}); --overwrite removes it"
+        ) from None
+    if differences:
+        raise RunFolderError(
+            f"{path}: holds {state} run of another configuration ({'; '.join(differences)}); "
+            "--overwrite removes it, or give this run another name or variant"
+        )
+    if finished:
+        raise AlreadyFinishedError(
+            f"{path}: this run has finished already, its result is in result.json; --overwrite runs it again"
+        )
+    if not resume:
+        raise RunFolderError(
+            f"{path}: holds an unfinished run of this configuration; --resume goes on with it, --overwrite starts anew"
+        )
+
+
+def _empty(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.name == ".lock":
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _differences(old: Config, new: Config) -> list[str]:
+    def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict) and value:
+                yield from flatten(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    before, after = dict(flatten(old.model_dump(mode="json"))), dict(flatten(new.model_dump(mode="json")))
+    return [
+        f"{key}: {before.get(key)} there, {after.get(key)} here"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
+
+
+def to_json(value: Any) -> str:
+    """JSON on one line; what JSON has no number for (NaN, infinity) becomes null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, Mapping):
+            return {key: finite(entry) for key, entry in value.items()}
+        return [finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(value), ensure_ascii=False)

@@ -1,0 +1,409 @@
+"""The Accelerate loop: train, evaluate, score and freeze, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from safe_lab import checkpoint, tracking
+from safe_lab.config import TrainingSection
+from safe_lab.console import Console
+from safe_lab.data import EpochBatchSampler, Task, compute_metrics
+from safe_lab.freezing import Freezer
+from safe_lab.importance.probe import Batch, LossFunction
+from safe_lab.rng import get_rng_state, set_rng_state
+from safe_lab.run_folder import RunFolder
+from safe_lab.tracking import Tracking
+
+Every = Literal["epoch", "never"] | int
+
+
+@dataclass
+class Progress:
+    """How far training has come; all of it is in every checkpoint.
+
+    Attributes:
+        epoch: Epochs completed.
+        micro_step: Micro-batches done in the running epoch.
+        step: Optimizer steps done.
+        tokens: Tokens trained on, padding left out.
+        seconds: Wall seconds by activity.
+        metrics: The last evaluation.
+        evaluated_at: Step of the last evaluation.
+        best: The evaluation with the best main metric, and its step.
+        without_gain: Evaluations since the best.
+        stopped: Training was stopped early.
+    """
+
+    epoch: int = 0
+    micro_step: int = 0
+    step: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("training", "evaluation", "scoring", "checkpoint"), 0.0)
+    )
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluated_at: int = -1
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = -1
+    without_gain: int = 0
+    stopped: bool = False
+
+
+class Trainer:
+    """Runs one training; everything it needs is handed in, built by ``run``."""
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        batches: Any,
+        sampler: EpochBatchSampler,
+        validation: Mapping[str, Any],
+        task: Task,
+        loss_function: LossFunction,
+        freezer: Freezer,
+        interval: Literal["epoch"] | int,
+        settings: TrainingSection,
+        num_steps: int,
+        folder: RunFolder,
+        tracker: Tracking,
+        console: Console,
+        base_fingerprint: str,
+    ) -> None:
+        """Take over prepared parts.
+
+        Args:
+            accelerator: Has prepared model, optimizer, scheduler and loaders.
+            model: The model with adapters.
+            optimizer: AdamW over what trains.
+            scheduler: The learning rate's schedule, stepped once an optimizer step.
+            batches: Loader of the training split, which draws from ``sampler``.
+            sampler: Order of the examples, by epoch.
+            validation: Loader by name of the validation split.
+            task: What is learned, and by which metrics it is measured.
+            loss_function: ``loss_function(model, batch)`` gives the mean loss.
+            freezer: Scores and freezes.
+            interval: When it does: each epoch, or every N steps.
+            settings: The ``training`` section.
+            num_steps: Optimizer steps in all.
+            folder: The run folder.
+            tracker: Where figures go.
+            console: What the person sees.
+            base_fingerprint: Hash of the base weights, which a checkpoint must have been made on.
+        """
+        self.progress = Progress()
+        self._accelerator = accelerator
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._batches = batches
+        self._sampler = sampler
+        self._validation = validation
+        self._task = task
+        self._loss_function = loss_function
+        self._freezer = freezer
+        self._interval = interval
+        self._settings = settings
+        self.num_steps = num_steps
+        self.folder = folder
+        self._tracker = tracker
+        self._console = console
+        self._base_fingerprint = base_fingerprint
+        self._trained = {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+        self.num_trained = sum(parameter.numel() for parameter in self._trained.values())
+        self._losses: list[Tensor] = []
+        self._token_counts: list[Tensor] = []
+        self._learning_rate = 0.0
+        self._gradient_norm: Tensor | float | None = None
+        self._clock = time.perf_counter()
+        self._logged_at = (0.0, 0)
+
+    def fit(self) -> None:
+        """Train to the end, from wherever :attr:`progress` stands.
+
+        Raises:
+            FloatingPointError: A loss or a score is not finite; the last checkpoint stays.
+        """
+        while not self._ended:
+            # On the loader, not the sampler: Accelerate's counts epochs itself, and would set the sampler back (1.15).
+            self._batches.set_epoch(self.progress.epoch)
+            self._sampler.start = self.progress.micro_step
+            self._model.train()
+            for batch in self._batches:
+                with self._accelerator.accumulate(self._model):
+                    loss = self._loss_function(self._model, batch)
+                    self._record(loss, batch)
+                    self._accelerator.backward(loss)
+                    self._clip()
+                    self._optimizer.step()
+                    self._optimizer.zero_grad()
+                if not self._advance():
+                    continue
+                if self._due(self._settings.log_every):
+                    self._log()
+                if self._due(self._settings.eval_every):
+                    self.evaluate()
+                if self._due(self._interval):
+                    self._score()
+                if self._due(self._settings.save_every) or self._ended:
+                    self.save()
+                if self._ended:
+                    break
+        if self.progress.evaluated_at != self.progress.step:
+            self.evaluate()
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the model on every validation split, and keep it if it is the best so far."""
+        with self._clocked("evaluation"):
+            self.progress.metrics = evaluate(self._accelerator, self._model, self._validation, self._task)
+            self.progress.evaluated_at = self.progress.step
+        main = self.main_metric
+        if not self.progress.best or self.progress.metrics[main] > self.progress.best[main]:
+            self.progress.best, self.progress.best_step, self.progress.without_gain = (
+                self.progress.metrics,
+                self.progress.step,
+                0,
+            )
+            if self._settings.select == "best":
+                with self._clocked("checkpoint"):
+                    checkpoint.save(self.folder.checkpoints / "best", self._trained, {"step": self.progress.step})
+        else:
+            self.progress.without_gain += 1
+        patience = self._settings.early_stopping
+        self.progress.stopped = patience is not None and self.progress.without_gain >= patience
+        self._tracker.log({tracking.STEP: self.progress.step, tracking.EPOCH: self._epoch, **self.progress.metrics})
+        self._console.evaluated(self._epoch, self.progress.metrics)
+        return self.progress.metrics
+
+    def save(self) -> None:
+        """Write a checkpoint, whole or not at all, and drop the oldest."""
+        if self._settings.save_every == "never":
+            return
+        with self._clocked("checkpoint"):
+            self._check_losses()
+            folders = self.folder.checkpoints
+            checkpoint.save(folders / f"step-{self.progress.step:08d}", self._trained, self._state_dict())
+            checkpoint.keep_newest(folders, self._settings.keep_checkpoints)
+
+    def resume(self) -> bool:
+        """Go on from the newest whole checkpoint; False if there is none.
+
+        Raises:
+            ValueError: The checkpoint was made on other base weights.
+        """
+        newest = checkpoint.newest_whole(self.folder.checkpoints)
+        if newest is None:
+            return False
+        tensors, state = checkpoint.load(newest)
+        if state["base_fingerprint"] != self._base_fingerprint:
+            raise ValueError(
+                f"{newest}: was made on other base weights than those model.path gives now; start anew with --overwrite"
+            )
+        self._load_weights(tensors)
+        self._freezer.load_state_dict(state["freezer"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self._losses = [torch.tensor(loss) for loss in state["losses"]]
+        self._logged_at = self.progress.seconds["training"], self.progress.tokens
+        self.folder.cut(state["rows"])
+        set_rng_state(state["rng"])
+        return True
+
+    def restore_best(self) -> None:
+        """Take the weights of the best evaluation."""
+        tensors, _ = checkpoint.load(self.folder.checkpoints / "best")
+        self._load_weights(tensors)
+
+    @property
+    def main_metric(self) -> str:
+        """Key of the metric by which the best evaluation is chosen: the task's main one on the first validation split."""
+        return metric_key(next(iter(self._validation)), self._task.main_metric)
+
+    @property
+    def _ended(self) -> bool:
+        return self.progress.stopped or self.progress.step >= self.num_steps
+
+    @property
+    def _epoch(self) -> float:
+        return self.progress.epoch + self.progress.micro_step / len(self._sampler)
+
+    def _advance(self) -> bool:
+        """Count a micro-step; whether it ended an optimizer step."""
+        self.progress.micro_step += 1
+        if self.progress.micro_step == len(self._sampler):
+            self.progress.epoch, self.progress.micro_step = self.progress.epoch + 1, 0
+        if not self._accelerator.sync_gradients:
+            return False
+        self.progress.step += 1
+        self._learning_rate = self._scheduler.get_last_lr()[0]
+        self._scheduler.step()
+        self._console.advance(self.progress.step, self._freezer)
+        return True
+
+    def _due(self, every: Every) -> bool:
+        if every == "epoch":
+            return self.progress.micro_step == 0
+        return every != "never" and self.progress.step % every == 0
+
+    def _record(self, loss: Tensor, batch: Batch) -> None:
+        self._losses.append(loss.detach())
+        self._token_counts.append(batch["attention_mask"].sum())
+        # Reading a loss from an accelerator waits for it: there they are read together, before a row, scoring or checkpoint.
+        if loss.device.type == "cpu":
+            self._check_losses()
+
+    def _check_losses(self) -> list[float]:
+        """The losses since the last row; tokens are counted up to here too.
+
+        Raises:
+            FloatingPointError: One is NaN or infinite; the message names step and unit.
+        """
+        if self._token_counts:
+            self.progress.tokens += int(torch.stack(self._token_counts).sum())
+            self._token_counts.clear()
+        losses: list[float] = torch.stack(self._losses).float().tolist() if self._losses else []
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self.progress.step + 1 - (len(losses) - 1 - i) // self._settings.gradient_accumulation
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {step}; {self._first_bad_unit()}; the last checkpoint stays"
+                )
+        return losses
+
+    def _first_bad_unit(self) -> str:
+        for unit in self._freezer.units:
+            for name, parameter in unit.parameters.items():
+                if not parameter.isfinite().all():
+                    return f"unit {unit.name} is the first with weights that are not finite ({name})"
+        return "every adapter weight is finite, so look at the learning rate, the dtype or the data"
+
+    def _clip(self) -> None:
+        if self._accelerator.sync_gradients and self._settings.max_grad_norm is not None:
+            self._gradient_norm = self._accelerator.clip_grad_norm_(
+                self._model.parameters(), self._settings.max_grad_norm
+            )
+
+    def _log(self) -> None:
+        losses = self._check_losses()
+        self._losses.clear()
+        self._tick("training")
+        seconds, tokens = self.progress.seconds["training"], self.progress.tokens
+        seconds_before, tokens_before = self._logged_at
+        self._logged_at = seconds, tokens
+        row = {
+            tracking.STEP: self.progress.step,
+            tracking.EPOCH: self._epoch,
+            tracking.LOSS: sum(losses) / len(losses),
+            tracking.LEARNING_RATE: self._learning_rate,
+            tracking.GRADIENT_NORM: None if self._gradient_norm is None else float(self._gradient_norm),
+            tracking.LEVEL: self._freezer.level,
+            tracking.FROZEN_SHARE: self._freezer.frozen_share,
+            tracking.FROZEN_DEPTH: self._freezer.frozen_depth,
+            tracking.TRAINABLE: sum(
+                parameter.numel() for parameter in self._trained.values() if parameter.requires_grad
+            ),
+            tracking.WALL_SECONDS: sum(self.progress.seconds.values()),
+            tracking.TOKENS_PER_SECOND: (tokens - tokens_before) / (seconds - seconds_before),
+            tracking.HOST_MEMORY: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            tracking.DEVICE_MEMORY: torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        }
+        self._tracker.log(row)
+        self._console.logged(row)
+
+    def _score(self) -> None:
+        with self._clocked("scoring"):
+            self._check_losses()
+            scoring = self._freezer.step(self.progress.step)
+        self._tracker.log_scoring(scoring, self._epoch)
+        self._console.scored(scoring, self._freezer.units, self._epoch)
+
+    @contextmanager
+    def _clocked(self, activity: str) -> Iterator[None]:
+        """Book the wall time of a block under ``activity``; all other time is training."""
+        self._tick("training")
+        yield
+        self._tick(activity)
+
+    def _tick(self, activity: str) -> None:
+        now = time.perf_counter()
+        self.progress.seconds[activity] += now - self._clock
+        self._clock = now
+
+    def _state_dict(self) -> dict[str, Any]:
+        scaler = self._accelerator.scaler
+        return {
+            "progress": asdict(self.progress),
+            "freezer": self._freezer.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "losses": self._check_losses(),
+            "rows": self.folder.sizes(),
+            "rng": get_rng_state(),
+            "base_fingerprint": self._base_fingerprint,
+        }
+
+    @torch.no_grad()
+    def _load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        if tensors.keys() != self._trained.keys():
+            raise ValueError("the checkpoint holds other weights than the model trains; start anew with --overwrite")
+        for name, parameter in self._trained.items():
+            parameter.copy_(tensors[name])
+
+
+def evaluate(accelerator: Accelerator, model: nn.Module, validation: Mapping[str, Any], task: Task) -> dict[str, float]:
+    """Task metrics and mean loss on every validation split.
+
+    Args:
+        accelerator: Gathers over processes.
+        model: The model; its train mode is restored.
+        validation: Loader by name of the split.
+        task: Names the metrics.
+
+    Returns:
+        ``<split>/<metric>`` -> value.
+    """
+    results: dict[str, float] = {}
+    training = model.training
+    model.eval()
+    for split, batches in validation.items():
+        outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+        for batch in batches:
+            with torch.no_grad():
+                output = model(**batch)
+            labels = batch["labels"]
+            outputs.append(
+                accelerator.gather_for_metrics((output.logits.float(), labels, output.loss.float().expand(len(labels))))
+            )
+        logits, labels, losses = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
+        predictions = logits.squeeze(-1) if task.kind == "regression" else logits.argmax(-1)
+        results[metric_key(split, "loss")] = losses.mean().item()
+        for name, value in compute_metrics(task.metrics, predictions.numpy(), labels.numpy()).items():
+            results[metric_key(split, name)] = value
+    model.train(training)
+    return results
+
+
+def metric_key(split: str, metric: str) -> str:
+    """The key of a metric: ``validation/accuracy``, and ``validation_matched/accuracy`` where there are several splits.
+
+    >>> metric_key("validation", "f1"), metric_key("matched", "accuracy")
+    ('validation/f1', 'validation_matched/accuracy')
+    """
+    return f"{split if split == 'validation' else f'validation_{split}'}/{metric}"

@@ -1,0 +1,40 @@
+"""Fixtures for all tests; what they are made of is in tiny.py."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tiny import FAMILIES, save_tiny_model, write_csv
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request):
+    """Each family of models in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny BERT on disk."""
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def tiny_tree(tiny_folder, tmp_path):
+    """The YAML tree of a run that takes a second."""
+    return {
+        "name": "tiny",
+        "output_dir": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_folder)},
+        "data": {"task": "classification", "path": str(write_csv(tmp_path / "data.csv")), "max_length": 16},
+        "adapter": {"method": "lora", "rank": 2, "alpha": 4, "target_modules": ["query", "value"]},
+        "training": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "log_every": 2},
+        "freezing": {"metric": "cka", "normalize": "rank", "warmup": 1, "final": 3, "final_threshold": 0.7},
+        "tracking": {"wandb": "disabled"},
+    }

@@ -1,0 +1,467 @@
+"""Whole runs on tiny models: what they leave, what they promise, how they stop."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny import FAMILIES, save_tiny_model, tiny_model, write_csv
+
+from safe_lab import config as configuration
+from safe_lab.config import ConfigError
+from safe_lab.run import run
+from safe_lab.run_folder import RunFolder
+
+# Columns that tell the time and the machine, which differ between two runs of the same bits.
+CLOCK = ("resources/",)
+
+
+def config_of(tree, **sections):
+    """The tree with some keys of its sections changed."""
+    changed = {key: tree[key] | value if isinstance(value, dict) else value for key, value in sections.items()}
+    return configuration.build(tree | changed)
+
+
+def bits(folder):
+    """All that must be the same in two runs of the same bits."""
+    result = json.loads((folder / "result.json").read_text())
+    result.pop("seconds")
+    rows = {
+        file: [
+            {key: value for key, value in row.items() if not key.startswith(CLOCK)}
+            for row in RunFolder(folder).rows(file)
+        ]
+        for file in ("metrics.jsonl", "importance.jsonl", "events.jsonl")
+    }
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), rows, result
+
+
+def test_a_run_leaves_a_complete_folder(tiny_tree):
+    config = config_of(tiny_tree)
+    result = run(config)
+    folder = config.run_folder
+    assert configuration.load(folder / "config.yaml") == config
+    assert {"packages", "command", "commit"} <= json.loads((folder / "environment.json").read_text()).keys()
+    metrics = RunFolder(folder).rows("metrics.jsonl")
+    assert [row["step"] for row in metrics if "train/loss" in row] == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    assert [row["step"] for row in metrics if "validation/accuracy" in row] == [6, 12, 18]
+    importance = RunFolder(folder).rows("importance.jsonl")
+    assert [(row["scoring"], row["depth"]) for row in importance] == [(t, d) for t in (1, 2, 3) for d in (0, 1, 2)]
+    assert all(math.isfinite(row["score"]) and row["update_norm"] > 0 for row in importance)
+    events = RunFolder(folder).rows("events.jsonl")
+    assert [len(event["units"]) for event in events] == [1, 1]
+    assert events[-1]["frozen_share"] == pytest.approx(2 / 3)
+    assert json.loads((folder / "result.json").read_text())["frozen_share"] == result.frozen_share
+    assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == [
+        "best",
+        "step-00000012",
+        "step-00000018",
+    ]
+    assert json.loads((folder / "adapter" / "labels.json").read_text()) == ["0", "1"]
+
+
+def test_freezing_off_is_plain_fine_tuning_bit_for_bit(tiny_tree, tiny_folder):
+    config = config_of(tiny_tree, freezing={"policy": "none"}, training={"select": "last"})
+    run(config)
+    ours = load_file(config.run_folder / "adapter" / "adapter_model.safetensors")
+
+    from accelerate.utils import set_seed
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_scheduler
+
+    from safe_lab.data import Collator, EpochBatchSampler, load_data
+
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    data = load_data(task="classification", path=tiny_tree["data"]["path"], tokenizer=tokenizer, max_length=16)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=2)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=["query", "value"]))
+    sampler = EpochBatchSampler(data.train["length"], 8, seed=0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad and p.dim() > 1], lr=1e-2, weight_decay=0.01
+    )
+    optimizer.add_param_group(
+        {"params": [p for p in model.parameters() if p.requires_grad and p.dim() <= 1], "weight_decay": 0.0}
+    )
+    steps = 3 * len(sampler)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=math.ceil(0.06 * steps), num_training_steps=steps)
+    model.train()
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        for indices in sampler:
+            batch = Collator(tokenizer)([data.train[i] for i in indices])
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    from peft import get_peft_model_state_dict
+
+    theirs = get_peft_model_state_dict(model)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tiny_tree):
+    folders = []
+    for variant, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = config_of(tiny_tree, variant=variant, seed=seed)
+        run(config)
+        folders.append(config.run_folder)
+    first, second, other = (bits(folder) for folder in folders)
+    assert first[0] == second[0]
+    assert first[1] == second[1]
+    assert first[0] != other[0]
+
+
+def test_frozen_weights_keep_their_bits_from_the_checkpoint_of_their_event_to_the_end(tiny_tree):
+    config = config_of(tiny_tree, training={"keep_checkpoints": 9, "epochs": 4})
+    run(config)
+    event = RunFolder(config.run_folder).rows("events.jsonl")[0]
+    then = load_file(config.run_folder / "checkpoints" / f"step-{event['step']:08d}" / "model.safetensors")
+    end = load_file(config.run_folder / "checkpoints" / "step-00000024" / "model.safetensors")
+    for name in then:
+        frozen = any(f".{unit}." in name for unit in event["units"])
+        assert torch.equal(then[name], end[name]) == frozen, name
+
+
+def test_plain_peft_loads_the_adapter_and_predicts_the_same(tiny_tree, tmp_path):
+    for name, adapter in {"lora": {}, "pissa": {"options": {"init_lora_weights": "pissa"}}}.items():
+        config = config_of(tiny_tree, variant=name, adapter=adapter, training={"epochs": 2, "select": "last"})
+        result = run(config)
+        program = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+base, adapter, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), adapter).eval()
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+print(json.dumps(model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.tolist()))
+assert "safe_lab" not in sys.modules
+"""
+        texts = ["word1 word20 word30", "word0 word12 word13 word14"]
+        arguments = [tiny_tree["model"]["path"], str(config.run_folder / "adapter"), json.dumps(texts)]
+        printed = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
+        theirs = torch.tensor(json.loads(printed.stdout))
+        ours = _logits_of_the_last_checkpoint(config, result, texts)
+        torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=0)
+
+
+def _logits_of_the_last_checkpoint(config, result, texts):
+    """The model as it stood in training: base, adapters attached anew, weights of the checkpoint."""
+    from accelerate.utils import set_seed
+
+    from safe_lab.adapters import attach
+    from safe_lab.model import head_modules, load_model, load_tokenizer
+
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model.path)
+    base = load_model(config.model.path, num_labels=2, regression=False, pad_token_id=0)
+    attached = attach(base, **config.adapter.model_dump(), head_modules=head_modules(base))
+    weights = load_file(config.run_folder / "checkpoints" / f"step-{result.steps:08d}" / "model.safetensors")
+    assert not attached.model.load_state_dict(weights, strict=False).unexpected_keys
+    with torch.no_grad():
+        return attached.model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_trains_and_freezes(name, tiny_tree, tmp_path):
+    folder = save_tiny_model(tmp_path / "model", name)
+    config = config_of(
+        tiny_tree,
+        model={"path": str(folder)},
+        adapter={"target_modules": FAMILIES[name][2]},
+        training={"epochs": 2},
+        freezing={"final": 2, "final_threshold": 0.9},
+    )
+    result = run(config)
+    assert result.frozen_share == pytest.approx(2 / 3), result.adapters
+
+
+@pytest.mark.parametrize("method", ["loha", "ia3", "vera", "lokr"])
+def test_other_peft_methods_run_and_can_be_loaded_again(method, tiny_tree):
+    from peft import PeftModel
+
+    adapter = {"method": method, "rank": None, "alpha": None}
+    if method == "ia3":
+        adapter["options"] = {"feedforward_modules": []}
+    config = config_of(tiny_tree, adapter=adapter, training={"epochs": 2}, freezing={"final": 2})
+    assert run(config).frozen_share > 0
+    PeftModel.from_pretrained(tiny_model("bert"), str(config.run_folder / "adapter"))
+
+
+def test_bfloat16_accumulation_checkpointing_and_length_groups_work_together(tiny_tree):
+    config = config_of(
+        tiny_tree,
+        model={"gradient_checkpointing": True},
+        data={"group_by_length": True},
+        training={
+            "mixed_precision": "bf16",
+            "gradient_accumulation": 4,
+            "batch_size": 4,
+            "eval_every": 2,
+            "save_every": 2,
+        },
+        freezing={"interval": 3},
+    )
+    result = run(config)
+    # 43 examples make 11 micro-batches, so 3 optimizer steps an epoch, the last of 3 micro-batches.
+    assert result.steps == 9
+    rows = RunFolder(config.run_folder).rows("metrics.jsonl")
+    assert [row["step"] for row in rows if "validation/accuracy" in row] == [2, 4, 6, 8, 9]
+    assert [entry["step"] for entry in result.timeline] == [3, 6, 9]
+
+
+def test_regression_and_pairs_of_texts_work(tiny_tree, tmp_path):
+    lines = ["left,right,score", *(f"word{i % 9} word3,word{i % 7},{(i % 9) / 3}" for i in range(40))]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    data = {
+        "task": "regression",
+        "path": str(tmp_path / "pairs.csv"),
+        "text_column": "left",
+        "text_pair_column": "right",
+        "label_column": "score",
+    }
+    result = run(config_of(tiny_tree, data=data))
+    assert {"validation/pearson", "validation/spearman", "validation/loss"} <= result.metrics.keys()
+
+
+def test_early_stopping_ends_a_run_that_gains_nothing_and_keeps_the_best(tiny_tree):
+    config = config_of(tiny_tree, training={"epochs": 9, "early_stopping": 2, "learning_rate": 1e-9})
+    result = run(config)
+    assert (result.epochs, result.selected_step) == (3, 6)
+    best = load_file(config.run_folder / "checkpoints" / "best" / "model.safetensors")
+    exported = load_file(config.run_folder / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(
+        best["base_model.model.classifier.modules_to_save.default.weight"],
+        exported["base_model.model.classifier.weight"],
+    )
+
+
+def test_max_steps_ends_in_mid_epoch_and_is_evaluated(tiny_tree):
+    result = run(config_of(tiny_tree, training={"max_steps": 4, "eval_every": "never", "save_every": "never"}))
+    assert (result.steps, result.epochs) == (4, 0)
+    assert "validation/accuracy" in result.metrics
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_unit_and_leaves_the_last_checkpoint(tiny_tree):
+    config = config_of(
+        tiny_tree, training={"learning_rate": 1e30, "max_grad_norm": None, "save_every": 1, "warmup_ratio": 0}
+    )
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+; .*unit|finite"):
+        run(config)
+    from safe_lab import checkpoint
+
+    newest = checkpoint.newest_whole(config.run_folder / "checkpoints")
+    assert newest is not None
+    assert not (config.run_folder / "result.json").exists()
+
+
+def train(path, *arguments, **settings):
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "safe_lab", "train", str(path), "--quiet", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        **settings,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_five_random_moments_ends_with_the_bits_of_one_left_alone(tiny_tree, tmp_path):
+    training = {
+        "epochs": 8,
+        "save_every": 4,
+        "log_every": 3,
+        "eval_every": 5,
+        "gradient_accumulation": 2,
+        "batch_size": 4,
+        "keep_checkpoints": 3,
+    }
+    freezing = {"interval": 4, "warmup": 2, "final": 8, "metric": "sensitivity", "metric_options": {"smoothing": True}}
+    alone = config_of(tiny_tree, variant="alone", training=training, freezing=freezing)
+    run(alone)
+
+    killed = config_of(tiny_tree, variant="killed", training=training, freezing=freezing)
+    path = tmp_path / "killed.yaml"
+    path.write_text(configuration.dump(killed))
+    draw = random.Random(0)
+    moments = sorted(draw.sample(range(6, alone_steps(alone) - 4), 5))
+    metrics = killed.run_folder / "metrics.jsonl"
+    resumed = []
+    for step in moments:
+        process = train(path, "--resume")
+        while not (metrics.exists() and _last_step(metrics) >= step) and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        resumed.append(process.returncode)
+        assert "Traceback" not in errors
+    assert resumed == [-signal.SIGKILL] * 5
+    process = train(path, "--resume")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    weights, rows, result = bits(killed.run_folder)
+    expected_weights, expected_rows, expected_result = bits(alone.run_folder)
+    assert weights == expected_weights
+    assert rows == expected_rows
+    assert result | {"variant": ""} == expected_result | {"variant": ""}
+
+
+def alone_steps(config):
+    return json.loads((config.run_folder / "result.json").read_text())["steps"]
+
+
+def _last_step(metrics):
+    lines = metrics.read_text().split("\n")[:-1]
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def _interrupt(config, monkeypatch, *, after_step):
+    """Run in this process until a step is done, then stop as a power cut would: nothing more is written."""
+    from safe_lab.trainer import Trainer
+
+    class PowerCut(BaseException):
+        pass
+
+    advance = Trainer._advance
+
+    def cut(self):
+        ended = advance(self)
+        if ended and self.progress.step > after_step:
+            raise PowerCut
+        return ended
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_advance", cut)
+        with pytest.raises(PowerCut):
+            run(config)
+
+
+@pytest.mark.parametrize("metric", ["cka", "update_norm", "fisher"])
+def test_resume_in_mid_epoch_gives_the_same_bits(metric, tiny_tree, monkeypatch):
+    options = {"fisher": {"source": "adam"}}.get(metric, {})
+    sections = {
+        "training": {"save_every": 4, "eval_every": 6, "epochs": 4},
+        "freezing": {"metric": metric, "metric_options": options, "interval": 4},
+    }
+    alone, resumed = (config_of(tiny_tree, variant=variant, **sections) for variant in ("alone", "resumed"))
+    run(alone)
+    _interrupt(resumed, monkeypatch, after_step=14)
+    run(resumed, resume=True)
+    one, other = bits(alone.run_folder), bits(resumed.run_folder)
+    assert one[0] == other[0]
+    assert one[1] == other[1]
+
+
+@pytest.mark.parametrize("harm", ["cut", "altered"])
+def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(harm, tiny_tree, monkeypatch, caplog):
+    alone, resumed = (
+        config_of(tiny_tree, variant=variant, training={"save_every": 4}) for variant in ("alone", "resumed")
+    )
+    run(alone)
+    _interrupt(resumed, monkeypatch, after_step=13)
+    damaged = resumed.run_folder / "checkpoints" / "step-00000012" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content[:100] if harm == "cut" else content)
+    run(resumed, resume=True)
+    assert "step-00000012" in caplog.text
+    assert bits(alone.run_folder)[:2] == bits(resumed.run_folder)[:2]
+
+
+def test_resume_on_other_base_weights_is_refused(tiny_tree, monkeypatch, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    config = config_of(tiny_tree, model={"path": str(folder)})
+    _interrupt(config, monkeypatch, after_step=7)
+    save_tiny_model(folder, seed=5)
+    with pytest.raises(ConfigError, match="other base weights"):
+        run(config, resume=True)
+
+
+def test_a_golden_step_has_not_moved(tiny_tree):
+    config = config_of(tiny_tree, training={"max_steps": 4, "log_every": 1})
+    run(config)
+    losses = [row["train/loss"] for row in RunFolder(config.run_folder).rows("metrics.jsonl") if "train/loss" in row]
+    assert losses == pytest.approx(GOLDEN_LOSSES, abs=1e-4)
+
+
+# Of torch 2.13 on x86-64; what moves them by more than rounding changes the training.
+GOLDEN_LOSSES = [0.69409, 0.69222, 0.69197, 0.69481]
+
+
+BAD = {
+    "a missing data file": ({"data": {"path": "nowhere.csv"}}, "nowhere.csv"),
+    "a CSV without the label column": ({"data": {"label_column": "lable"}}, "no column 'lable'; did you mean label"),
+    "a CSV without the text column": ({"data": {"text_column": "txt"}}, "no column 'txt'"),
+    "a label name that is not there": ({"data": {"label_column": "text", "labels": ["no", "yes"]}}, "label"),
+    "a target that matches nothing": ({"adapter": {"target_modules": ["querry"]}}, "did you mean query"),
+    "an unknown adapter": ({"adapter": {"method": "lorra"}}, "did you mean lora"),
+    "a model that is no folder": ({"model": {"path": "./nowhere"}}, "./nowhere is no folder"),
+    "a package that is not installed": (
+        {"model": {"path": "package://no_such_package/model"}},
+        "'no_such_package' is not installed",
+    ),
+    "texts longer than the model": ({"data": {"max_length": 1000}}, "max_length is 1000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_in_one_line(case, tiny_tree):
+    sections, message = BAD[case]
+    with pytest.raises(ConfigError, match="(?s).*" + message.replace("(", r"\(")) as caught:
+        run(config_of(tiny_tree, **sections))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_labels_out_of_range_name_row_and_value(tiny_tree, tmp_path):
+    path = write_csv(tmp_path / "bad.csv")
+    path.write_text(path.read_text() + "word1 word2,7\n")
+    with pytest.raises(ConfigError, match="7"):
+        run(config_of(tiny_tree, data={"path": str(path), "labels": ["a", "b"]}))
+
+
+def test_an_empty_split_is_told(tiny_tree, tmp_path):
+    folder = tmp_path / "split"
+    folder.mkdir()
+    shutil.copy(tiny_tree["data"]["path"], folder / "train.csv")
+    (folder / "validation.csv").write_text("text,label\n")
+    with pytest.raises(ConfigError, match="validation.*empty|empty.*validation|no rows"):
+        run(config_of(tiny_tree, data={"path": str(folder)}))
+
+
+def test_a_model_folder_without_weights_is_told(tiny_tree, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="model.path: no model"):
+        run(config_of(tiny_tree, model={"path": str(folder)}))
+
+
+def test_a_model_folder_with_the_weights_of_another_model_is_told(tiny_tree, tmp_path):
+    folder, other = save_tiny_model(tmp_path / "model"), save_tiny_model(tmp_path / "other", "distilbert")
+    shutil.copy(other / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="lack"):
+        run(config_of(tiny_tree, model={"path": str(folder)}))
+
+
+def test_every_shipped_yaml_loads_and_warns_of_nothing():
+    files = [
+        file
+        for folder in ("experiments", "sweeps")
+        for file in Path(__file__).parents[1].joinpath(folder).rglob("*.yaml")
+    ]
+    assert len(files) >= 10
+    for file in files:
+        assert configuration.warnings(configuration.load(file)) == [], file
