@@ -124,8 +124,8 @@ class Trainer:
         self._base_fingerprint = base_fingerprint
         self._trained = {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         self.num_trained = sum(parameter.numel() for parameter in self._trained.values())
-        self._losses: list[Tensor] = []
-        self._token_counts: list[Tensor] = []
+        self._losses: list[float] = []
+        self._unread: list[tuple[int, Tensor, Tensor]] = []
         self._learning_rate = 0.0
         self._gradient_norm: Tensor | float | None = None
         self._clock = time.perf_counter()
@@ -152,7 +152,7 @@ class Trainer:
                     self._optimizer.zero_grad()
                 if not self._advance():
                     continue
-                if self._due(self._settings.log_every):
+                if self._due(self._settings.log_every) or self._ended:
                     self._log()
                 if self._due(self._settings.eval_every):
                     self.evaluate()
@@ -193,7 +193,7 @@ class Trainer:
         if self._settings.save_every == "never":
             return
         with self._clocked("checkpoint"):
-            self._check_losses()
+            self._read_losses()
             folders = self.folder.checkpoints
             checkpoint.save(folders / f"step-{self.progress.step:08d}", self._trained, self._state_dict())
             checkpoint.keep_newest(folders, self._settings.keep_checkpoints)
@@ -219,7 +219,7 @@ class Trainer:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
-        self._losses = [torch.tensor(loss) for loss in state["losses"]]
+        self._losses = list(state["losses"])
         self._logged_at = self.progress.seconds["training"], self.progress.tokens
         self.folder.cut(state["rows"])
         set_rng_state(state["rng"])
@@ -262,29 +262,28 @@ class Trainer:
         return every != "never" and self.progress.step % every == 0
 
     def _record(self, loss: Tensor, batch: Batch) -> None:
-        self._losses.append(loss.detach())
-        self._token_counts.append(batch["attention_mask"].sum())
+        self._unread.append((self.progress.step + 1, loss.detach(), batch["attention_mask"].sum()))
         # Reading a loss from an accelerator waits for it: there they are read together, before a row, scoring or checkpoint.
         if loss.device.type == "cpu":
-            self._check_losses()
+            self._read_losses()
 
-    def _check_losses(self) -> list[float]:
-        """The losses since the last row; tokens are counted up to here too.
+    def _read_losses(self) -> None:
+        """Take in the losses and tokens of the micro-steps since the last reading.
 
         Raises:
-            FloatingPointError: One is NaN or infinite; the message names step and unit.
+            FloatingPointError: A loss is NaN or infinite; the message names step and unit.
         """
-        if self._token_counts:
-            self.progress.tokens += int(torch.stack(self._token_counts).sum())
-            self._token_counts.clear()
-        losses: list[float] = torch.stack(self._losses).float().tolist() if self._losses else []
-        for i, loss in enumerate(losses):
+        if not self._unread:
+            return
+        steps, losses, tokens = zip(*self._unread, strict=True)
+        self._unread.clear()
+        self.progress.tokens += int(torch.stack(tokens).sum())
+        for step, loss in zip(steps, torch.stack(losses).float().tolist(), strict=True):
             if not math.isfinite(loss):
-                step = self.progress.step + 1 - (len(losses) - 1 - i) // self._settings.gradient_accumulation
                 raise FloatingPointError(
                     f"the loss is {loss} at step {step}; {self._first_bad_unit()}; the last checkpoint stays"
                 )
-        return losses
+            self._losses.append(loss)
 
     def _first_bad_unit(self) -> str:
         for unit in self._freezer.units:
@@ -300,7 +299,8 @@ class Trainer:
             )
 
     def _log(self) -> None:
-        losses = self._check_losses()
+        self._read_losses()
+        loss = sum(self._losses) / len(self._losses)
         self._losses.clear()
         self._tick("training")
         seconds, tokens = self.progress.seconds["training"], self.progress.tokens
@@ -309,7 +309,7 @@ class Trainer:
         row = {
             tracking.STEP: self.progress.step,
             tracking.EPOCH: self._epoch,
-            tracking.LOSS: sum(losses) / len(losses),
+            tracking.LOSS: loss,
             tracking.LEARNING_RATE: self._learning_rate,
             tracking.GRADIENT_NORM: None if self._gradient_norm is None else float(self._gradient_norm),
             tracking.LEVEL: self._freezer.level,
@@ -328,7 +328,7 @@ class Trainer:
 
     def _score(self) -> None:
         with self._clocked("scoring"):
-            self._check_losses()
+            self._read_losses()
             scoring = self._freezer.step(self.progress.step)
         self._tracker.log_scoring(scoring, self._epoch)
         self._console.scored(scoring, self._freezer.units, self._epoch)
@@ -353,7 +353,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "losses": self._check_losses(),
+            "losses": self._losses,
             "rows": self.folder.sizes(),
             "rng": get_rng_state(),
             "base_fingerprint": self._base_fingerprint,
