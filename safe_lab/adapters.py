@@ -17,6 +17,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -86,9 +87,10 @@ def attach(
     )
     try:
         attached = get_peft_model(model, config)
-    except ValueError as error:
-        if "target" not in str(error).lower():
-            raise
+    except Exception as error:
+        if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
+            # A regular expression that is none, an option of the wrong kind, a method that wants more than a config.
+            raise ValueError(f"adapter: PEFT cannot attach {method}: {type(error).__name__}: {error}") from error
         wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or [])
         near = "".join(did_you_mean(name, linear_names) for name in wanted)
         raise ValueError(
@@ -98,6 +100,16 @@ def attach(
     if not tuner_layers(attached):
         raise ValueError(
             f"adapter.method: {method} adds no adapter layers (BaseTunerLayer), so there is nothing to freeze one by one"
+        )
+    stray = [
+        name
+        for name, parameter in attached.named_parameters()
+        if parameter.requires_grad and not _belongs(attached, name)
+    ]
+    if stray:
+        raise ValueError(
+            f"adapter: {len(stray)} weights outside adapters and head would train and never freeze, {stray[0]} among them; "
+            "set adapter.options.bias to none or lora_only"
         )
     after = [(id(parameter), torch.hash_tensor(parameter.detach()).item()) for parameter in attached.parameters()]
     changed = any(before[key] != hash_ for key, hash_ in after if key in before)
@@ -111,6 +123,15 @@ def attach(
         if changed
         else None,
         base_fingerprint=hashlib.sha256(repr([hash_ for key, hash_ in after if key in before]).encode()).hexdigest(),
+    )
+
+
+def _belongs(model: nn.Module, name: str) -> bool:
+    """Whether a weight is of an adapter layer or of a module that trains in full."""
+    parents = name.split(".")
+    return any(
+        isinstance(model.get_submodule(".".join(parents[:i])), BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for i in range(1, len(parents))
     )
 
 
@@ -155,6 +176,8 @@ def build_peft_config(
         if value is None:
             continue
         key = next((candidate for candidate in names if candidate in known), None)
+        if key is None and setting == "head_modules":
+            raise ValueError(f"adapter.method: {name} cannot train a task head beside it")
         if key is None:
             raise ValueError(f"adapter.{setting}: method {name} has no such setting; leave it out (null)")
         arguments[key] = value
@@ -164,11 +187,16 @@ def build_peft_config(
                 f"adapter.options.{key}: {config_class.__name__} has no such argument{did_you_mean(key, known)}"
             )
         if key in arguments:
-            raise ValueError(f"adapter.options.{key}: already set, as a key of the adapter section")
+            raise ValueError(f"adapter.options.{key}: already set, by the adapter section or the task")
         arguments[key] = value
+    if arguments.get("init_lora_weights") in ("eva", "lora_ga"):
+        raise ValueError(
+            f"adapter.options.init_lora_weights: {arguments['init_lora_weights']} is computed from data by a pass of its own, "
+            "which is not made here; it would be plain LoRA"
+        )
     try:
         return config_class(**arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - the configs check their arguments each in its own way
         raise ValueError(f"adapter: {config_class.__name__} refuses its arguments: {error}") from None
 
 
@@ -311,12 +339,16 @@ def _switch_off(layers: Sequence[Any]) -> Callable[[], AbstractContextManager[No
 
 
 def _delta_weights(layers: Sequence[Any]) -> Callable[[], Iterator[Tensor]] | None:
-    if not all(hasattr(layer, "get_delta_weight") for layer in layers):
-        return None
-
     def deltas() -> Iterator[Tensor]:
         for layer in layers:
             for adapter in layer.active_adapters:
                 yield layer.get_delta_weight(adapter).detach()
 
-    return deltas
+    # DoRA's magnitudes and trained biases are no part of what get_delta_weight gives.
+    trained = [name for layer in layers for name, parameter in layer.named_parameters() if parameter.requires_grad]
+    if any("magnitude" in name or name.endswith("bias") for name in trained):
+        return None
+    try:
+        return deltas if all(isinstance(delta, Tensor) for delta in deltas()) else None
+    except (AttributeError, NotImplementedError):  # no such form (IA3), or another one (BOFT's rotation)
+        return None

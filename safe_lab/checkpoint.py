@@ -7,8 +7,8 @@ A folder holds ``*.safetensors`` (tensors), ``state.pt`` (plain values and tenso
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
@@ -44,23 +43,30 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished / "model.safetensors"
-        )
-        torch.save(dict(state), unfinished / "state.pt")
+        # Through memory and an ordinary write: of a full disk the libraries' own writers raise anything but OSError.
+        weights = serialize({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+        (unfinished / "model.safetensors").write_bytes(weights)
+        plain = io.BytesIO()
+        torch.save(dict(state), plain)
+        (unfinished / "state.pt").write_bytes(plain.getbuffer())
         files = {
             path.name: {"sha256": _hash(path), "bytes": path.stat().st_size} for path in sorted(unfinished.iterdir())
         }
         (unfinished / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-        for path in unfinished.iterdir():
-            _sync(path)
-        _sync(unfinished)
+        sync(unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     remove(folder)
     unfinished.rename(folder)
     _sync(folder.parent)
+
+
+def sync(folder: Path) -> None:
+    """Make the files of a folder survive a power cut."""
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
 
 
 def load(folder: Path, *, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -100,18 +106,6 @@ def verify(folder: Path) -> None:
         raise DamagedError(f"{error.filename}: missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{folder / MANIFEST}: unreadable ({error})") from None
-
-
-def newest_whole(folders: Path) -> Path | None:
-    """The newest ``step-*`` checkpoint that is whole; damaged ones are named in a warning and passed over."""
-    for folder in reversed(steps(folders)):
-        try:
-            verify(folder)
-        except DamagedError as error:
-            log.warning("checkpoint passed over: %s", error)
-        else:
-            return folder
-    return None
 
 
 def steps(folders: Path) -> list[Path]:

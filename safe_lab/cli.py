@@ -6,7 +6,6 @@ torch is imported only once a run starts, so that help and the answer to a bad c
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -113,10 +112,8 @@ def _run(config: configuration.Config, *, resume: bool, overwrite: bool, quiet: 
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         print(
-            f"stopped: {error}; with room made, --resume goes on from the last checkpoint in {config.run_folder}",
+            f"stopped: {error}; once that is mended, --resume goes on from the last checkpoint in {config.run_folder}",
             file=sys.stderr,
         )
         return 1

@@ -21,10 +21,10 @@ from safe_lab.policy import POLICIES
 from safe_lab.schedule import CURVES
 from safe_lab.suggest import did_you_mean
 
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=1)]
 
 
 def _metric_options() -> str:
@@ -72,7 +72,7 @@ class DataSection(Section):
     """The task and its examples."""
 
     task: str = Field(description="a task of safe_lab.data: " + ", ".join(TASKS))
-    path: str | None = Field(
+    path: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="file or folder of JSONL, CSV, TSV or Parquet, folder of datasets, or hub id; null: the task's own source",
     )
@@ -82,14 +82,14 @@ class DataSection(Section):
     labels: tuple[str, ...] | None = Field(
         None, description="names of the labels in the order of their ids; null: from the data"
     )
-    max_length: Annotated[int, Field(ge=4)] = Field(128, description="tokens a text (or pair) is cut to")
+    max_length: Annotated[int, Field(strict=True, ge=4)] = Field(128, description="tokens a text (or pair) is cut to")
     max_train_samples: Count | None = Field(
         None, description="random subset of the training split, in examples; null: all"
     )
     max_validation_samples: Count | None = Field(
         None, description="random subset of each validation split, in examples; null: all"
     )
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+    validation_share: Annotated[float, Field(strict=True, gt=0, lt=1)] = Field(
         0.1, description="share of the training split held out where the source has no validation split"
     )
     group_by_length: bool = Field(
@@ -114,7 +114,7 @@ class AdapterSection(Section):
     alpha: Positive | None = Field(
         None, description="scaling numerator, LoRA scales by alpha / rank; null: the method's default (LoRA: 8)"
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] | None = Field(
         None, description="dropout on the adapter's input; null: the method's default (LoRA: 0)"
     )
     target_modules: tuple[str, ...] | str | None = Field(
@@ -133,12 +133,19 @@ class TrainingSection(Section):
     epochs: Count = Field(10, description="passes over the training split")
     max_steps: Count | None = Field(None, description="optimizer steps after which training ends; null: as epochs say")
     batch_size: Count = Field(32, description="examples in a micro-batch, per process")
-    gradient_accumulation: Count = Field(1, description="micro-batches in an optimizer step")
+    gradient_accumulation: Count = Field(
+        1,
+        description="N micro-batches in an optimizer step; an epoch's last step may have fewer, each of them still weighs 1/N",
+    )
     eval_batch_size: Count = Field(64, description="examples in an evaluation batch, per process")
     learning_rate: Positive = Field(1e-3, description="peak learning rate of AdamW")
     weight_decay: NonNegative = Field(0.01, description="AdamW's decoupled weight decay")
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW's decay of the first moment")
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="AdamW's decay of the second moment")
+    adam_beta1: Annotated[float, Field(strict=True, ge=0, lt=1)] = Field(
+        0.9, description="AdamW's decay of the first moment"
+    )
+    adam_beta2: Annotated[float, Field(strict=True, ge=0, lt=1)] = Field(
+        0.999, description="AdamW's decay of the second moment"
+    )
     adam_epsilon: Positive = Field(1e-8, description="AdamW's epsilon")
     lr_schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = Field(
         "linear", description="learning-rate schedule of transformers"
@@ -164,7 +171,7 @@ class TrainingSection(Section):
     early_stopping: Count | None = Field(
         None, description="evaluations without a better main metric after which training stops; null: never"
     )
-    num_workers: Annotated[int, Field(ge=0)] = Field(
+    num_workers: Annotated[int, Field(strict=True, ge=0)] = Field(
         0, description="processes that load data; 0: the training process itself"
     )
 
@@ -190,9 +197,9 @@ class FreezingSection(Section):
         description="training examples on which scores are computed; null: 128, but at most 1 in 40 of the training split",
     )
     interval: Literal["epoch"] | Count = Field("epoch", description="a scoring after each epoch, or every N steps")
-    warmup: Annotated[int, Field(ge=0)] | Literal["stable"] = Field(
+    warmup: Annotated[int, Field(strict=True, ge=0)] | Literal["stable"] = Field(
         1,
-        description="t_w in intervals: nothing freezes up to it; stable: until no score changes by more than stable_share",
+        description="t_w in intervals: nothing freezes before it; stable: until no score changes by more than stable_share",
     )
     stable_share: Positive = Field(
         0.05, description="relative change between two scorings under which a score counts as settled (warmup: stable)"
@@ -205,7 +212,10 @@ class FreezingSection(Section):
     )
     stairs: Count = Field(4, description="number of equal rises (curve: step)")
     final_threshold: float = Field(
-        0.05, allow_inf_nan=False, description="tau_T: from t_f on, units of lower score freeze (policy safe)"
+        0.05,
+        strict=True,
+        allow_inf_nan=False,
+        description="tau_T: from t_f on, units of lower score freeze (policy safe)",
     )
     final_share: Share = Field(0.5, description="share of the units frozen from t_f on (policies prefix and random)")
     refresh: bool = Field(True, description="score anew at each interval; false: keep the scores of the end of warm-up")
@@ -227,6 +237,10 @@ class FreezingSection(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> FreezingSection:
+        if self.warmup == "stable" and not POLICIES[self.policy].uses_scores:
+            raise PydanticCustomError(
+                "final", f"warmup: stable needs scores to settle, and policy {self.policy} has none"
+            )
         if isinstance(self.warmup, int) and self.final < self.warmup:
             raise PydanticCustomError(
                 "final",
@@ -256,7 +270,7 @@ class Config(Section):
 
     name: str = Field(description="experiment; the run folder is <output_dir>/<name>/<variant>/seed-<seed>")
     variant: str = Field("default", description="variant within the experiment")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(
         0, description="seed of head and adapter initialisation, data order, dropout and probe"
     )
     output_dir: str = Field("runs", min_length=1, description="folder of all run folders")
@@ -270,17 +284,17 @@ class Config(Section):
     @field_validator("name", "variant")
     @classmethod
     def _plain_folder_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[\w][\w.+=,-]*", name):
+        if not re.fullmatch(r"[\w][\w.+=,-]{0,99}", name):
             raise PydanticCustomError(
                 "folder",
-                f"{name!r} is no plain folder name: letters, digits and . _ + = , - are allowed, and no leading dot",
+                f"{name!r} is no plain folder name: up to 100 letters, digits and . _ + = , - are allowed, and no leading dot",
             )
         return name
 
     @property
     def run_folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.output_dir) / self.name / self.variant / f"seed-{self.seed}"
+        return Path(self.output_dir).expanduser() / self.name / self.variant / f"seed-{self.seed}"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -341,6 +355,11 @@ def warnings(config: Config) -> list[str]:
     found = []
     if POLICIES[freezing.policy].uses_scores:
         bounded = freezing.normalize != "none" or freezing.metric in ("cka", "random")
+        if freezing.normalize == "none" and freezing.metric not in ("cka", "random", "depth"):
+            found.append(
+                f"freezing.final_threshold, {freezing.final_threshold:g}, is compared with raw {freezing.metric} scores, whose "
+                "scale depends on model and data: normalize: rank or max gives a threshold a meaning"
+            )
         if freezing.final_threshold <= 0 and freezing.metric != "contribution":
             found.append(
                 f"freezing.final_threshold is {freezing.final_threshold:g}, and no score lies under it: "
@@ -359,6 +378,12 @@ def warnings(config: Config) -> list[str]:
                 f"training.epochs is {training.epochs}, and no unit can freeze before the end of epoch {first}: "
                 "freezing saves nothing"
             )
+    if config.model.dtype == "float16":
+        found.append(
+            "model.dtype is float16, where AdamW's epsilon is 0; training.mixed_precision: fp16 keeps float32 weights"
+        )
+    if training.early_stopping and training.eval_every == "never":
+        found.append("training.early_stopping has no effect with eval_every: never")
     return found
 
 
@@ -444,6 +469,7 @@ def _plain(value: Any) -> str:
 def _type_name(annotation: str) -> str:
     names = re.sub(r"Annotated\[(\w+), Field\(([^)]*)\)\]", r"\1 (\2)", annotation)
     names = re.sub(r"Literal\[([^\]]*)\]", lambda match: re.sub("[\"']", "", match[1]).replace(", ", " | "), names)
+    names = names.replace("strict=True, ", "").replace(" (strict=True)", "")
     for short, long in {
         "Count": "int (ge=1)",
         "Share": "float (0 to 1)",

@@ -53,7 +53,7 @@ class Console:
     def advance(self, step: int, freezer: Freezer) -> None:
         """An optimizer step was done."""
         if self._task is not None and not self._progress.disable:
-            state = f"threshold {freezer.level:.3g} frozen {freezer.frozen_share:.0%} depth {freezer.frozen_depth}"
+            state = f"threshold {_number(freezer.level)} frozen {freezer.frozen_share:.0%} depth {freezer.frozen_depth}"
             self._progress.update(self._task, completed=step, description=f"{self._loss}{state}")
 
     def logged(self, row: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class Console:
             for i in scoring.froze
         )
         self.say(
-            f"epoch {epoch:5.2f}  freeze at threshold {scoring.level:.3g}: {froze}; "
+            f"epoch {epoch:5.2f}  freeze at threshold {_number(scoring.level)}: {froze}; "
             f"frozen share {scoring.frozen_share:.0%}, frozen depth {scoring.frozen_depth} of {len(units)}"
         )
 

@@ -11,11 +11,12 @@ It knows no configuration, trainer or tracker::
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from safe_lab.importance import METRICS
 from safe_lab.importance.probe import Batch, LossFunction, Probe, undisturbed
+from safe_lab.importance.update_norm import Initial
 from safe_lab.policy import POLICIES, State, frozen_depth, normalize
 from safe_lab.schedule import CURVES, is_settled, threshold
 from safe_lab.suggest import did_you_mean
@@ -52,10 +54,10 @@ class FreezingRule:
     refresh: bool = True
 
     def __post_init__(self) -> None:
-        """Check the names.
+        """Check names and ranges.
 
         Raises:
-            ValueError: A policy, metric or curve that does not exist.
+            ValueError: A policy, metric, option or curve that does not exist, or a number out of range.
         """
         for what, name, known in (
             ("policy", self.policy, POLICIES),
@@ -64,6 +66,15 @@ class FreezingRule:
         ):
             if name not in known:
                 raise ValueError(f"{name!r} is no {what}{did_you_mean(name, known)}; there are {', '.join(known)}")
+        METRICS[self.metric].check_options(self.metric_options)
+        normalize([], self.normalize)
+        if self.warmup == "stable":
+            if not POLICIES[self.policy].uses_scores:
+                raise ValueError(f"warmup: stable needs scores to settle, and policy {self.policy} has none")
+        elif not isinstance(self.warmup, int) or not 0 <= self.warmup <= self.final:
+            raise ValueError(f"warmup (t_w) is {self.warmup!r}: from 0 to final (t_f), {self.final}, or stable")
+        if self.stairs < 1 or not self.stable_share > 0 or not 0 <= self.final_share <= 1:
+            raise ValueError("stairs must be at least 1, stable_share positive, and final_share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Scoring:
         step: Optimizer step at which it took place.
         scores: Importance before normalisation; a frozen unit keeps the score it froze with; None if the policy needs none.
         normalized: Importance as compared with the threshold; None likewise.
-        level: tau_t, or the share of units that the schedule gives at t.
+        level: tau_t, or the share of units that the schedule gives at t; None for a policy without either.
         update_norms: ``||Delta W||`` since the start.
         froze: Units that froze now.
         frozen: Whether a unit is frozen, after this scoring.
@@ -88,7 +99,7 @@ class Scoring:
     step: int
     scores: list[float] | None
     normalized: list[float] | None
-    level: float
+    level: float | None
     update_norms: list[float]
     froze: list[int]
     frozen: list[bool]
@@ -134,10 +145,17 @@ class Freezer:
             reference_is_current: The model as it stands is the pre-trained function, and switching adapters off is not.
 
         Raises:
-            ValueError: No units.
+            ValueError: No units, or a metric that must switch single units off where that does not give the pre-trained
+                function (``reference_is_current``).
         """
         if not units:
             raise ValueError("there are no units to freeze")
+        switches_off = rule.metric == "contribution" or rule.metric_options.get("reference") == "without_adapter"
+        if reference_is_current and switches_off and POLICIES[rule.policy].uses_scores:
+            raise ValueError(
+                f"metric {rule.metric} switches adapters off one by one, and with adapters that changed the base weights "
+                "(PiSSA, OLoRA) a layer without its adapter is not the pre-trained one; use another metric"
+            )
         self.model = model
         self.units = list(units)
         self.rule = rule
@@ -158,7 +176,7 @@ class Freezer:
         self._reference_is_current = reference_is_current
         self._reference = None
         with undisturbed(model):
-            self._initial_weights = METRICS["update_norm"].prepare(self._probe(self.units, None))
+            self._start = METRICS["update_norm"].prepare(self._probe(self.units, None))
             if self._policy.uses_scores:
                 self._reference = self._metric.prepare(self._probe(self.units, None), **rule.metric_options)
 
@@ -178,8 +196,10 @@ class Freezer:
         return frozen_depth(self._frozen, len(self.units))
 
     @property
-    def level(self) -> float:
-        """tau_t at the last scoring, or the share of units that the schedule gave."""
+    def level(self) -> float | None:
+        """tau_t at the last scoring, or the share of units that the schedule gave; None for a policy without either."""
+        if self._policy.level == "none":
+            return None
         final = self.rule.final_threshold if self._policy.level == "threshold" else self.rule.final_share
         return threshold(
             self._t,
@@ -211,12 +231,12 @@ class Freezer:
         normalized = None if self._scores is None else normalize(self._scores, self.rule.normalize)
         warm = self._warmup_end is not None and self._t >= self._warmup_end
         froze = self._policy.select(
-            State(normalized or [], self.level, self._frozen, len(self.units), warm, self._seed)
+            State(normalized or [], self.level or 0.0, self._frozen, len(self.units), warm, self._seed)
         )
         self._warn_of_odd_threshold(normalized, froze)
         self._freeze(froze)
         with undisturbed(self.model):
-            update_norms = METRICS["update_norm"].score(self._probe(self.units, self._initial_weights))
+            update_norms = METRICS["update_norm"].score(self._probe(self.units, self._start))
         return Scoring(
             t=self._t,
             step=step,
@@ -231,6 +251,20 @@ class Freezer:
             seconds=time.perf_counter() - began,
         )
 
+    def explain_idle(self) -> str | None:
+        """Why nothing has frozen, in a sentence for the person; None if something has, or nothing was to."""
+        if self._frozen or self.rule.policy == "none":
+            return None
+        if self._warmup_end is None:
+            return f"nothing froze: the scores never settled to within {self.rule.stable_share:.0%}, so warm-up did not end"
+        if self._scores is None:
+            return f"nothing froze: after {self._t} scorings the schedule stands at {self.level}"
+        smallest = min(normalize(self._scores, self.rule.normalize))
+        return (
+            f"nothing froze: after {self._t} scorings the threshold is {self.level:.3g}, and the smallest score {smallest:.3g}; "
+            "raise final_threshold, lower final, or normalize the scores"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides about later scorings: plain values and tensors."""
         return {
@@ -239,24 +273,33 @@ class Freezer:
             "frozen": sorted(self._frozen),
             "scores": self._scores,
             "warmup_end": self._warmup_end,
-            "memory": self._memory,
+            "memory": copy.deepcopy(self._memory),
+            "start": {name: asdict(start) for name, start in self._start.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`: what was frozen freezes again.
 
+        Build the Freezer on the model as it stood before training, then load the weights and this state: the metric's
+        reference (the pre-trained activations of CKA) is made when the Freezer is built, and is not in the state.
+
         Raises:
-            ValueError: The state belongs to other units.
+            ValueError: The state belongs to other units, or units are frozen here that are not in it.
         """
         names = [unit.name for unit in self.units]
         if list(state["units"]) != names:
             raise ValueError(
                 f"the freezing state is of {len(state['units'])} other units than the model's {len(names)}"
             )
+        if not self._frozen <= set(state["frozen"]):
+            raise ValueError(
+                "units are frozen that are not frozen in the state, and freezing is for good: build it anew"
+            )
         self._t = state["t"]
         self._scores = state["scores"]
         self._warmup_end = state["warmup_end"]
-        self._memory = dict(state["memory"])
+        self._memory = copy.deepcopy(dict(state["memory"]))
+        self._start = {name: Initial(**start) for name, start in state["start"].items()}
         self._freeze(state["frozen"])
 
     def _score(self, step: int) -> list[float]:
@@ -326,11 +369,4 @@ class Freezer:
                 self._t,
                 len(froze),
                 self.level,
-            )
-        if self._t == max(self.rule.final, self._warmup_end or 0) and not self._frozen and not froze:
-            log.warning(
-                "the threshold has reached its final value, %.3g, and every score lies above it (smallest: %.3g): "
-                "nothing freezes; raise final_threshold, or normalize the scores",
-                self.level,
-                min(normalized),
             )

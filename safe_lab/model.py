@@ -77,8 +77,8 @@ def load_model(
     dtype: str = "float32",
     attention: str | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """A pre-trained model with a fresh sequence-classification head.
+) -> tuple[PreTrainedModel, list[str]]:
+    """A pre-trained model with a fresh sequence-classification head, and the names of the modules that make the head.
 
     Args:
         path: Where from; see :func:`resolve`.
@@ -100,8 +100,8 @@ def load_model(
             problem_type="regression" if regression else "single_label_classification",
             trust_remote_code=trust_remote_code,
         )
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = pad_token_id
+        # The tokenizer's, whatever the config says: decoders find the end of a text by it.
+        config.pad_token_id = pad_token_id
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source,
             config=config,
@@ -112,14 +112,17 @@ def load_model(
             # A checkpoint may come with a head of another size; a body of another size is caught below.
             ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - of a damaged file transformers raises whatever its parsers do
         raise ValueError(f"model.path: no model to classify with at {path}: {_first_line(error)}") from None
-    missing = _missing_base_weights(model, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    if missing:
-        raise ValueError(
-            f"model.path: the weights at {path} lack {len(missing)} of the model's own, {missing[0]} among them"
-        )
-    return cast(PreTrainedModel, model)
+    fresh = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    lost = [key for key in fresh if key.startswith(model.base_model_prefix + ".")]
+    poolers = sorted({key.rpartition(".pooler.")[0] + ".pooler" for key in lost if ".pooler." in key})
+    lost = [key for key in lost if ".pooler." not in key]
+    if lost:
+        raise ValueError(f"model.path: the weights at {path} lack {len(lost)} of the model's own, {lost[0]} among them")
+    if poolers:
+        log.warning("the checkpoint has no pooler (%s): it starts at random and trains with the head", poolers[0])
+    return cast(PreTrainedModel, model), [*head_modules(model), *poolers]
 
 
 def checkpoint_gradients(model: Any) -> None:
@@ -145,21 +148,21 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     return heads or ["classifier", "score"]
 
 
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Longest text the model takes, in tokens; None if it has no table of positions.
+
+    RoBERTa and its kin number positions from the padding token's id on, so that the table's first rows are never used.
+    """
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    offset = getattr(embeddings, "padding_idx", None)
+    return positions - (0 if offset is None else offset + 1) if positions else None
+
+
 def loss_function(model: nn.Module, batch: Any) -> Tensor:
     """Mean loss of a batch, as the model's own head computes it."""
     loss: Tensor = model(**batch).loss
     return loss
-
-
-def _missing_base_weights(model: PreTrainedModel, missing: Any) -> list[str]:
-    """Missing weights inside the pre-trained body; a pooler that some checkpoints come without is not counted."""
-    prefix = model.base_model_prefix + "."
-    lost = [key for key in missing if key.startswith(prefix)]
-    poolers = [key for key in lost if ".pooler." in key]
-    if poolers and len(poolers) == len(lost):
-        log.warning("the checkpoint has no pooler (%s): it starts at random, and stays frozen", poolers[0])
-        return []
-    return lost
 
 
 def _first_line(error: Exception) -> str:

@@ -41,12 +41,12 @@ class Policy:
     Attributes:
         select: The decision: units that freeze now, in ascending order.
         summary: One line for ``--help``.
-        level: What the schedule rises to: the threshold ``final_threshold`` or the share ``final_share``.
+        level: What the schedule rises to: the threshold ``final_threshold``, the share ``final_share``, or nothing.
     """
 
     select: Callable[[State], list[int]]
     summary: str
-    level: Literal["threshold", "share"] = "share"
+    level: Literal["threshold", "share", "none"]
 
     @property
     def uses_scores(self) -> bool:
@@ -67,6 +67,8 @@ def select_safe(state: State) -> list[int]:
     >>> select_safe(State(scores=[0.1, 0.3, 0.05], level=0.2, frozen=[2], num_units=3, warm=True, seed=0))
     [0]
     """
+    if not state.warm:
+        return []
     return [unit for unit, score in enumerate(state.scores) if unit not in state.frozen and score < state.level]
 
 
@@ -101,11 +103,13 @@ def _count(state: State) -> int:
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
-        "none": Policy(select_none, "nothing freezes"),
+        "none": Policy(select_none, "nothing freezes", level="none"),
         "safe": Policy(select_safe, "units of importance under the threshold (the paper's)", level="threshold"),
-        "prefix": Policy(select_prefix, "a growing share of the units from the input, by schedule alone"),
-        "random": Policy(select_random, "a growing share of the units in random order"),
-        "all": Policy(select_all, "every unit at the end of warm-up"),
+        "prefix": Policy(
+            select_prefix, "a growing share of the units from the input, by schedule alone", level="share"
+        ),
+        "random": Policy(select_random, "a growing share of the units in random order", level="share"),
+        "all": Policy(select_all, "every unit at the end of warm-up", level="none"),
     }
 )
 
@@ -120,6 +124,9 @@ def normalize(scores: Sequence[float], how: str) -> list[float]:
         scores: Raw scores by unit.
         how: ``none``, ``max`` or ``rank``.
 
+    Raises:
+        ValueError: Another ``how``.
+
     >>> normalize([0.2, 0.1, 0.4], "rank")
     [0.6666666666666666, 0.3333333333333333, 1.0]
     >>> normalize([0.2, 0.1, 0.4], "max")
@@ -131,7 +138,9 @@ def normalize(scores: Sequence[float], how: str) -> list[float]:
     if how == "rank":
         ordered = sorted(scores)
         return [(ordered.index(score) + 1) / len(scores) for score in scores]
-    return list(scores)
+    if how == "none":
+        return list(scores)
+    raise ValueError(f"normalize: {how!r} is none of none, max, rank")
 
 
 def frozen_depth(frozen: Collection[int], num_units: int) -> int:

@@ -18,6 +18,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from safe_lab import checkpoint
+from safe_lab import config as configuration
 from safe_lab.adapters import attach, find_units, save_adapter
 from safe_lab.config import Config, ConfigError, FreezingSection, TrainingSection
 from safe_lab.config import warnings as config_warnings
@@ -26,7 +28,7 @@ from safe_lab.data import Collator, Data, EpochBatchSampler, load_data
 from safe_lab.environment import describe_environment
 from safe_lab.freezing import Freezer, FreezingRule
 from safe_lab.importance.probe import Batch
-from safe_lab.model import checkpoint_gradients, head_modules, load_model, load_tokenizer, loss_function
+from safe_lab.model import checkpoint_gradients, load_model, load_tokenizer, loss_function, num_positions
 from safe_lab.policy import POLICIES
 from safe_lab.result import Result, summarize_freezing
 from safe_lab.run_folder import RunFolder, claim, to_json
@@ -53,33 +55,44 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, consol
     for warning in config_warnings(config):
         log.warning(warning)
     with claim(config, resume=resume, overwrite=overwrite) as folder:
-        folder.write("environment.json", json.dumps(describe_environment(), indent=1))
         try:
             parts = build(config, folder, console)
             resumed = resume and parts.trainer.resume()
         except (ValueError, FileNotFoundError, ConnectionError) as error:
             raise ConfigError(str(error)) from error
-        if resumed:
-            parts.tracking.replay()
-        else:
-            folder.cut(dict.fromkeys(folder.sizes(), 0))
-        _announce(console, config, parts)
-        console.start(parts.trainer.num_steps, parts.trainer.progress.step)
         try:
-            parts.trainer.fit()
+            # Only now: a configuration that could not be built must not stand in the way of its correction.
+            folder.write("config.yaml", configuration.dump(config))
+            folder.write("environment.json", json.dumps(describe_environment(), indent=1))
+            if resumed:
+                parts.tracking.replay()
+            else:
+                folder.cut(dict.fromkeys(folder.sizes(), 0))
+            return _train(config, folder, parts, console)
         finally:
-            console.stop()
-        if config.training.select == "best":
-            parts.trainer.restore_best()
-        export(parts.accelerator.unwrap_model(parts.model), folder, parts.tokenizer, parts.data.labels, parts.initial)
-        result = _conclude(config, parts)
-        summary = asdict(result)
-        folder.write("result.json", json.dumps(json.loads(to_json(summary)), indent=1, ensure_ascii=False))
-        parts.tracking.finish(
-            {key: summary[key] for key in ("metrics", "seconds", "parameters", "frozen_share", "frozen_depth", "steps")}
-        )
-        console.summarize(summary, folder.path)
-        return result
+            parts.tracking.close()
+
+
+def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) -> Result:
+    _announce(console, config, parts)
+    console.start(parts.trainer.num_steps, parts.trainer.progress.step)
+    try:
+        parts.trainer.fit()
+    finally:
+        console.stop()
+    if config.training.select == "best":
+        parts.trainer.restore_best()
+    export(parts.accelerator.unwrap_model(parts.model), folder, parts.tokenizer, parts.data.labels, parts.initial)
+    result = _conclude(config, parts)
+    summary = asdict(result)
+    folder.write("result.json", json.dumps(json.loads(to_json(summary)), indent=1, ensure_ascii=False))
+    shown = ("metrics", "seconds", "parameters", "frozen_share", "frozen_depth", "steps")
+    parts.tracking.summarize({key: summary[key] for key in shown})
+    idle = parts.freezer.explain_idle()
+    if idle:
+        log.warning(idle)
+    console.summarize(summary, folder.path)
+    return result
 
 
 @dataclass(frozen=True)
@@ -115,14 +128,14 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     data = load_data(**config.data.model_dump(exclude={"group_by_length"}), tokenizer=tokenizer, seed=config.seed)
     regression = data.task.kind == "regression"
-    base = load_model(
+    base, heads = load_model(
         **config.model.model_dump(exclude={"gradient_checkpointing"}),
         num_labels=1 if regression else len(data.labels),
         regression=regression,
         pad_token_id=tokenizer.pad_token_id,
     )
     _check_length(base, config.data.max_length)
-    attached = attach(base, **config.adapter.model_dump(), head_modules=head_modules(base))
+    attached = attach(base, **config.adapter.model_dump(), head_modules=heads)
 
     if config.model.gradient_checkpointing:
         checkpoint_gradients(base)
@@ -311,14 +324,15 @@ def export(
     save_adapter(model, unfinished, initial=initial)
     tokenizer.save_pretrained(unfinished)
     (unfinished / "labels.json").write_text(json.dumps(list(labels), ensure_ascii=False))
+    checkpoint.sync(unfinished)
     shutil.rmtree(folder.adapter, ignore_errors=True)
     unfinished.rename(folder.adapter)
 
 
 def _check_length(model: Any, max_length: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = num_positions(model)
     if positions and max_length > positions:
-        raise ValueError(f"data.max_length is {max_length}, and the model has {positions} positions")
+        raise ValueError(f"data.max_length is {max_length}, and the model takes {positions} tokens")
 
 
 def _announce(console: Console, config: Config, parts: Parts) -> None:

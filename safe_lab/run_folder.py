@@ -70,23 +70,32 @@ class RunFolder:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each JSONL file, to which a resumed run cuts them back."""
-        return {file: (self.path / file).stat().st_size if (self.path / file).exists() else 0 for file in ROW_FILES}
+        """Bytes of each JSONL file, to which a resumed run cuts them back; they survive a power cut from here on."""
+        for file in ROW_FILES:
+            with (self.path / file).open("a") as stream:
+                os.fsync(stream.fileno())
+        return {file: (self.path / file).stat().st_size for file in ROW_FILES}
 
     def cut(self, sizes: Mapping[str, int]) -> None:
         """Cut the JSONL files back to ``sizes``: rows after a checkpoint will be written again.
 
         Raises:
-            RunFolderError: A file is shorter than it was at the checkpoint.
+            RunFolderError: A file is shorter than it was at the checkpoint, or a row is damaged; nothing is cut then.
         """
         for file, size in sizes.items():
             path = self.path / file
             path.touch()
-            if path.stat().st_size < size:
-                raise RunFolderError(
-                    f"{path}: {path.stat().st_size} bytes, {size} at the checkpoint: rows were lost; --overwrite starts anew"
-                )
-            os.truncate(path, size)
+            with path.open("rb") as stream:
+                kept = stream.read(size)
+            if len(kept) < size:
+                raise RunFolderError(f"{path}: {len(kept)} bytes, {size} at the checkpoint: rows were lost")
+            try:
+                for line in kept.split(b"\n"):
+                    json.loads(line or b"0")
+            except ValueError:
+                raise RunFolderError(f"{path}: a row was altered, it is no JSON any more") from None
+        for file, size in sizes.items():
+            os.truncate(self.path / file, size)
 
     def write(self, file: str, text: str) -> None:
         """Write a file whole or not at all."""
@@ -112,8 +121,8 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFolde
         path.mkdir(parents=True, exist_ok=True)
         # The lock goes with the process, however it ends.
         lock = (path / ".lock").open("w")
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written to ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: cannot be written to ({error})") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,9 +133,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFolde
         check(config, resume=resume, overwrite=overwrite)
         if overwrite:
             _empty(path)
-        folder = RunFolder(path)
-        folder.write("config.yaml", configuration.dump(config))
-        yield folder
+        yield RunFolder(path)
 
 
 def check(config: Config, *, resume: bool, overwrite: bool) -> None:

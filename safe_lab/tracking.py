@@ -103,13 +103,17 @@ class Tracking:
         for _, _, row in sorted(rows, key=lambda entry: entry[:2]):
             self._send(row)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Send result, table of freeze events and schedule, and close the trackers."""
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Send result, table of freeze events and schedule."""
         for tracker in list(self._trackers):
             if tracker.name == "wandb":
                 self._guard(tracker, partial(self._finish_wandb, tracker.tracker, summary))
+
+    def close(self) -> None:
+        """Close the trackers, also after a failure: what was sent is kept, and the next run starts its own."""
         for tracker in list(self._trackers):
             self._guard(tracker, tracker.finish)
+        self._trackers.clear()
 
     def _adapter_values(self, row: Mapping[str, Any]) -> dict[str, Any]:
         depth = row["depth"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,8 +23,10 @@ from safe_lab.data import EpochBatchSampler, Task, compute_metrics
 from safe_lab.freezing import Freezer
 from safe_lab.importance.probe import Batch, LossFunction
 from safe_lab.rng import get_rng_state, set_rng_state
-from safe_lab.run_folder import RunFolder
+from safe_lab.run_folder import RunFolder, RunFolderError
 from safe_lab.tracking import Tracking
+
+log = logging.getLogger(__name__)
 
 Every = Literal["epoch", "never"] | int
 
@@ -124,6 +128,7 @@ class Trainer:
         self._base_fingerprint = base_fingerprint
         self._trained = {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         self.num_trained = sum(parameter.numel() for parameter in self._trained.values())
+        self._best: dict[str, Tensor] = {}
         self._losses: list[float] = []
         self._unread: list[tuple[int, Tensor, Tensor]] = []
         self._learning_rate = 0.0
@@ -168,18 +173,13 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Measure the model on every validation split, and keep it if it is the best so far."""
         with self._clocked("evaluation"):
-            self.progress.metrics = evaluate(self._accelerator, self._model, self._validation, self._task)
-            self.progress.evaluated_at = self.progress.step
-        main = self.main_metric
-        if not self.progress.best or self.progress.metrics[main] > self.progress.best[main]:
-            self.progress.best, self.progress.best_step, self.progress.without_gain = (
-                self.progress.metrics,
-                self.progress.step,
-                0,
-            )
+            self._check_weights()
+            metrics = evaluate(self._accelerator, self._model, self._validation, self._task)
+        self.progress.metrics, self.progress.evaluated_at = metrics, self.progress.step
+        if not self.progress.best or metrics[self.main_metric] > self.progress.best[self.main_metric]:
+            self.progress.best, self.progress.best_step, self.progress.without_gain = metrics, self.progress.step, 0
             if self._settings.select == "best":
-                with self._clocked("checkpoint"):
-                    checkpoint.save(self.folder.checkpoints / "best", self._trained, {"step": self.progress.step})
+                self._best = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
         else:
             self.progress.without_gain += 1
         patience = self._settings.early_stopping
@@ -194,41 +194,37 @@ class Trainer:
             return
         with self._clocked("checkpoint"):
             self._read_losses()
+            self._check_weights()
             folders = self.folder.checkpoints
-            checkpoint.save(folders / f"step-{self.progress.step:08d}", self._trained, self._state_dict())
+            tensors = {f"last.{name}": parameter for name, parameter in self._trained.items()}
+            tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+            checkpoint.save(folders / f"step-{self.progress.step:08d}", tensors, self._state_dict())
             checkpoint.keep_newest(folders, self._settings.keep_checkpoints)
 
     def resume(self) -> bool:
-        """Go on from the newest whole checkpoint; False if there is none.
+        """Go on from the newest whole checkpoint; False if there is none, and the run starts anew.
+
+        A checkpoint that is damaged, or to which rows are lost, is named and removed, and the one before it is tried.
 
         Raises:
             ValueError: The checkpoint was made on other base weights.
         """
-        newest = checkpoint.newest_whole(self.folder.checkpoints)
-        if newest is None:
-            return False
-        tensors, state = checkpoint.load(newest)
-        if state["base_fingerprint"] != self._base_fingerprint:
-            raise ValueError(
-                f"{newest}: was made on other base weights than those model.path gives now; start anew with --overwrite"
-            )
-        self._load_weights(tensors)
-        self._freezer.load_state_dict(state["freezer"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self._losses = list(state["losses"])
-        self._logged_at = self.progress.seconds["training"], self.progress.tokens
-        self.folder.cut(state["rows"])
-        set_rng_state(state["rng"])
-        return True
+        for folder in reversed(checkpoint.steps(self.folder.checkpoints)):
+            try:
+                tensors, state = checkpoint.load(folder)
+                self.folder.cut(state["rows"])
+            except (checkpoint.DamagedError, RunFolderError) as error:
+                log.warning("checkpoint %s is passed over: %s", folder.name, error)
+                checkpoint.remove(folder)
+            else:
+                self._load_state_dict(tensors, state, folder)
+                return True
+        log.warning("there is no whole checkpoint to go on from: the run starts anew")
+        return False
 
     def restore_best(self) -> None:
         """Take the weights of the best evaluation."""
-        tensors, _ = checkpoint.load(self.folder.checkpoints / "best")
-        self._load_weights(tensors)
+        self._load_weights(self._best)
 
     @property
     def main_metric(self) -> str:
@@ -281,16 +277,27 @@ class Trainer:
         for step, loss in zip(steps, torch.stack(losses).float().tolist(), strict=True):
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {step}; {self._first_bad_unit()}; the last checkpoint stays"
+                    f"the loss is {loss} at step {step}; {self._first_bad_weights()}; the last checkpoint stays"
                 )
             self._losses.append(loss)
 
-    def _first_bad_unit(self) -> str:
-        for unit in self._freezer.units:
-            for name, parameter in unit.parameters.items():
-                if not parameter.isfinite().all():
-                    return f"unit {unit.name} is the first with weights that are not finite ({name})"
-        return "every adapter weight is finite, so look at the learning rate, the dtype or the data"
+    def _check_weights(self) -> None:
+        """Before weights are measured or kept.
+
+        Raises:
+            FloatingPointError: A weight is NaN or infinite; the message names step and unit.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self._trained.values()):
+            raise FloatingPointError(
+                f"weights are not finite after step {self.progress.step}: {self._first_bad_weights()}"
+            )
+
+    def _first_bad_weights(self) -> str:
+        units = {id(p): f"unit {unit.name}" for unit in self._freezer.units for p in unit.parameters.values()}
+        for name, parameter in self._trained.items():
+            if not parameter.isfinite().all():
+                return f"{units.get(id(parameter), 'the task head')} is the first with weights that are not finite ({name})"
+        return "the weights of every unit and the head are finite, so look at the learning rate, the dtype or the data"
 
     def _clip(self) -> None:
         if self._accelerator.sync_gradients and self._settings.max_grad_norm is not None:
@@ -359,6 +366,23 @@ class Trainer:
             "base_fingerprint": self._base_fingerprint,
         }
 
+    def _load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], folder: Path) -> None:
+        if state["base_fingerprint"] != self._base_fingerprint:
+            raise ValueError(
+                f"{folder}: was made on other base weights than model.path gives now; --overwrite starts anew"
+            )
+        self._load_weights({key.removeprefix("last."): t for key, t in tensors.items() if key.startswith("last.")})
+        self._best = {key.removeprefix("best."): t for key, t in tensors.items() if key.startswith("best.")}
+        self._freezer.load_state_dict(state["freezer"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self._losses = list(state["losses"])
+        self._logged_at = self.progress.seconds["training"], self.progress.tokens
+        set_rng_state(state["rng"])
+
     @torch.no_grad()
     def _load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         if tensors.keys() != self._trained.keys():
@@ -378,6 +402,9 @@ def evaluate(accelerator: Accelerator, model: nn.Module, validation: Mapping[str
 
     Returns:
         ``<split>/<metric>`` -> value.
+
+    Raises:
+        FloatingPointError: A prediction is NaN or infinite.
     """
     results: dict[str, float] = {}
     training = model.training
@@ -392,6 +419,10 @@ def evaluate(accelerator: Accelerator, model: nn.Module, validation: Mapping[str
                 accelerator.gather_for_metrics((output.logits.float(), labels, output.loss.float().expand(len(labels))))
             )
         logits, labels, losses = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
+        if not logits.isfinite().all():
+            raise FloatingPointError(
+                f"a prediction on split {split} is not finite, with weights that are: they have exploded"
+            )
         predictions = logits.squeeze(-1) if task.kind == "regression" else logits.argmax(-1)
         results[metric_key(split, "loss")] = losses.mean().item()
         for name, value in compute_metrics(task.metrics, predictions.numpy(), labels.numpy()).items():

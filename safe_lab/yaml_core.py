@@ -41,6 +41,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# PyYAML's own constructor reads a leading 0 as octal.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
@@ -51,8 +55,8 @@ def parse(text: str) -> Any:
     Raises:
         ValueError: Not YAML, or a key stands twice; one line that names the place.
 
-    >>> parse("{rate: 1e-3, answer: no, seed: 007}")
-    {'rate': 0.001, 'answer': 'no', 'seed': 7}
+    >>> parse("{rate: 1e-3, answer: no, seed: 010}")
+    {'rate': 0.001, 'answer': 'no', 'seed': 10}
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 from safe_lab.adapters import attach, find_units, save_adapter, tuner_layers
+from safe_lab.importance import METRICS
+from safe_lab.importance.probe import Probe
 from safe_lab.model import checkpoint_gradients, head_modules
 from safe_lab.units import switched_off
 
@@ -132,6 +136,13 @@ def test_peft_methods_become_units_that_train(method, settings):
     attached, units = build(method=method, **settings)
     attached.model(**tiny_batch()).loss.backward()
     assert all(p.grad is not None for unit in units for p in unit.parameters.values())
+    probe = Probe(attached.model, units, [tiny_batch()], lambda m, b: m(**b).loss)
+    start = METRICS["update_norm"].prepare(probe)
+    with torch.no_grad():
+        for unit in units:
+            for p in unit.parameters.values():
+                p.add_(0.1)
+    assert all(norm > 0 for norm in METRICS["update_norm"].score(replace(probe, reference=start)))
 
 
 def test_the_saved_adapter_loads_in_plain_peft_also_where_the_base_was_changed(tmp_path):
@@ -162,6 +173,38 @@ def test_an_unknown_method_option_or_setting_is_named_with_the_near_name():
         build(method="ia3", rank=4)
     with pytest.raises(ValueError, match="options.r: already set"):
         build(rank=4, options={"r": 8})
+
+
+def test_a_magnitude_that_moves_is_an_update():
+    attached, units = build(options={"use_dora": True})
+    probe = Probe(attached.model, units, [tiny_batch()], lambda m, b: m(**b).loss)
+    start = METRICS["update_norm"].prepare(probe)
+    with torch.no_grad():
+        for name, p in units[1].parameters.items():
+            if "magnitude" in name:
+                p.mul_(3)
+    norms = METRICS["update_norm"].score(replace(probe, reference=start))
+    assert norms[0] == norms[2] == 0
+    assert norms[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": {"bias": "all"}}, "bias to none"),
+        ({"options": {"bias": "foo"}}, "adapter: "),
+        ({"options": {"init_lora_weights": "eva"}}, "computed from data"),
+        ({"options": {"rank_pattern": 3}}, "adapter: "),
+        ({"target_modules": "*query"}, "adapter: "),
+        ({"target_modules": "["}, "adapter: "),
+        ({"options": {"task_type": "X"}}, "already set"),
+        ({"method": "xlora", "target_modules": None}, "adapter"),
+        ({"method": "trainable_tokens"}, "adapter"),
+    ],
+)
+def test_what_peft_cannot_take_is_told_as_bad_input(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
 
 
 def test_a_target_that_matches_nothing_is_named_with_what_there_is():

@@ -166,28 +166,48 @@ def test_a_weight_that_units_share_freezes_with_the_last_of_them():
     assert not shared.requires_grad
 
 
-def test_resumed_decisions_are_those_of_an_uninterrupted_run():
+@pytest.mark.parametrize(
+    ("metric", "options"),
+    [("sensitivity", {"smoothing": True}), ("update_norm", {}), ("random", {}), ("cka", {"reference": "pretrained"})],
+)
+def test_resumed_decisions_are_those_of_an_uninterrupted_run(metric, options):
     rule = FreezingRule(
-        metric="sensitivity",
-        metric_options={"smoothing": True},
+        metric=metric,
+        metric_options=options,
         normalize="rank",
         warmup="stable",
-        stable_share=10.0,
+        stable_share=1e9,
         final=6,
         final_threshold=0.9,
     )
-    _, _, freezer, history = bare_loop(rule=rule, epochs=6)
-    _, _, half, _ = bare_loop(rule=rule, epochs=3)
-    model, optimizer, resumed, _ = bare_loop(rule=rule, epochs=3)
-    state = torch.load(_saved(half.state_dict()), weights_only=True)
-    _, _, fresh, _ = bare_loop(rule=rule, epochs=0)
-    fresh.load_state_dict(state)
-    assert fresh.frozen == half.frozen
-    assert fresh.level == half.level
-    assert fresh.state_dict().keys() == half.state_dict().keys()
-    for unit, frozen in zip(fresh.units, fresh.frozen, strict=True):
+    _, _, alone, history = bare_loop(rule=rule, epochs=6)
+    model, optimizer, half, _ = bare_loop(rule=rule, epochs=3)
+    saved = torch.load(_saved({"model": model.state_dict(), "freezer": half.state_dict()}), weights_only=True)
+    fresh, _, resumed, _ = bare_loop(rule=rule, epochs=0)
+    fresh.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["freezer"])
+    assert resumed.frozen == half.frozen
+    for unit, frozen in zip(resumed.units, resumed.frozen, strict=True):
         assert all(p.requires_grad != frozen for p in unit.parameters.values())
-    assert half.step(13).froze == resumed.step(13).froze == history[3][0].froze
+    # The same weights, so the same next scoring: by the one that was saved, and by the one that loaded.
+    one, other = half.step(16), resumed.step(16)
+    assert one.scores == other.scores
+    assert one.froze == other.froze
+    assert one.update_norms == other.update_norms
+    assert history[2][0].t + 1 == other.t
+
+
+def test_a_saved_state_does_not_change_with_the_run_and_cannot_thaw():
+    rule = FreezingRule(
+        metric="sensitivity", metric_options={"smoothing": True}, normalize="rank", final=2, final_threshold=0.6
+    )
+    _, _, freezer, _ = bare_loop(rule=rule, epochs=1)
+    state = freezer.state_dict()
+    before = {name: value.clone() for name, value in state["memory"].items() if isinstance(value, torch.Tensor)}
+    assert freezer.step(8).froze
+    assert all(torch.equal(state["memory"][name], value) for name, value in before.items())
+    with pytest.raises(ValueError, match="freezing is for good"):
+        freezer.load_state_dict(state)
 
 
 def _saved(state):
@@ -233,14 +253,36 @@ def test_scores_are_kept_from_the_end_of_warm_up_when_not_refreshed():
     assert scores[1] == scores[2] == scores[3] == scores[4]
 
 
-def test_a_threshold_that_decides_nothing_or_everything_warns(caplog):
+def test_a_threshold_that_decides_nothing_or_everything_is_told(caplog):
+    _, _, freezer, _ = bare_loop(rule=FreezingRule(metric="depth", warmup=1, final=2, final_threshold=0.5))
+    assert "the threshold is 0.5, and the smallest score 1;" in freezer.explain_idle()
+    _, _, freezer, _ = bare_loop(rule=FreezingRule(metric="random", warmup="stable", stable_share=1e-6, final=3))
+    assert "never settled" in freezer.explain_idle()
+    _, _, freezer, _ = bare_loop(rule=FreezingRule(policy="prefix", final=3, final_share=0.0))
+    assert "the schedule stands at 0.0" in freezer.explain_idle()
     with caplog.at_level(logging.WARNING):
-        bare_loop(rule=FreezingRule(metric="depth", warmup=1, final=2, final_threshold=0.5))
-    assert "every score lies above it (smallest: 1)" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        bare_loop(rule=FreezingRule(metric="depth", warmup=1, final=2, final_threshold=99.0))
+        _, _, freezer, _ = bare_loop(rule=FreezingRule(metric="depth", warmup=1, final=2, final_threshold=99.0))
     assert "freezes all 4 units at once" in caplog.text
+    assert freezer.explain_idle() is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"normalize": "ranks"},
+        {"warmup": "stabel"},
+        {"warmup": -3},
+        {"warmup": 9, "final": 2},
+        {"stable_share": -1.0},
+        {"stairs": 0},
+        {"final_share": 2.0},
+        {"policy": "prefix", "warmup": "stable"},
+        {"metric_options": {"pool": "first"}},
+    ],
+)
+def test_a_rule_out_of_range_is_refused(wrong):
+    with pytest.raises(ValueError, match=".+"):
+        FreezingRule(**wrong)
 
 
 def test_an_unknown_name_in_the_rule_is_refused_with_the_near_name():

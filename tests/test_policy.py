@@ -20,6 +20,11 @@ def test_a_policy_returns_live_units_once_in_order_and_the_same_each_time(name, 
     assert chosen == select(state(level=level, frozen={1}))
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_freezes_before_warm_up_has_ended(name):
+    assert POLICIES[name].select(state(scores=(-1.0, -2.0, 0.0, 1.0), level=0.0, warm=False)) == []
+
+
 @pytest.mark.parametrize("name", ["prefix", "random"])
 def test_a_growing_share_freezes_a_growing_set_of_that_size(name):
     frozen = set()
@@ -54,6 +59,11 @@ def test_normalisations_have_their_worked_values():
     assert normalize([0.1, 0.1, 0.4], "rank") == pytest.approx([1 / 3, 1 / 3, 1.0])
     assert normalize([0.0, 0.0], "max") == [0.0, 0.0]
     assert normalize([-2.0, 1.0], "max") == [-1.0, 0.5]
+
+
+def test_an_unknown_normalisation_is_refused():
+    with pytest.raises(ValueError, match="'ranks'"):
+        normalize([1.0], "ranks")
 
 
 def test_frozen_depth_is_the_run_from_the_input():

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny_model, tiny_model, write_csv
 
+from safe_lab import checkpoint
 from safe_lab import config as configuration
 from safe_lab.config import ConfigError
 from safe_lab.run import run
@@ -62,7 +63,6 @@ def test_a_run_leaves_a_complete_folder(tiny_tree):
     assert events[-1]["frozen_share"] == pytest.approx(2 / 3)
     assert json.loads((folder / "result.json").read_text())["frozen_share"] == result.frozen_share
     assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == [
-        "best",
         "step-00000012",
         "step-00000018",
     ]
@@ -129,7 +129,7 @@ def test_frozen_weights_keep_their_bits_from_the_checkpoint_of_their_event_to_th
     event = RunFolder(config.run_folder).rows("events.jsonl")[0]
     then = load_file(config.run_folder / "checkpoints" / f"step-{event['step']:08d}" / "model.safetensors")
     end = load_file(config.run_folder / "checkpoints" / "step-00000024" / "model.safetensors")
-    for name in then:
+    for name in (name for name in then if name.startswith("last.")):
         frozen = any(f".{unit}." in name for unit in event["units"])
         assert torch.equal(then[name], end[name]) == frozen, name
 
@@ -163,14 +163,15 @@ def _logits_of_the_last_checkpoint(config, result, texts):
     from accelerate.utils import set_seed
 
     from safe_lab.adapters import attach
-    from safe_lab.model import head_modules, load_model, load_tokenizer
+    from safe_lab.model import load_model, load_tokenizer
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model.path)
-    base = load_model(config.model.path, num_labels=2, regression=False, pad_token_id=0)
-    attached = attach(base, **config.adapter.model_dump(), head_modules=head_modules(base))
+    base, heads = load_model(config.model.path, num_labels=2, regression=False, pad_token_id=0)
+    attached = attach(base, **config.adapter.model_dump(), head_modules=heads)
     weights = load_file(config.run_folder / "checkpoints" / f"step-{result.steps:08d}" / "model.safetensors")
-    assert not attached.model.load_state_dict(weights, strict=False).unexpected_keys
+    last = {key.removeprefix("last."): weight for key, weight in weights.items() if key.startswith("last.")}
+    assert not attached.model.load_state_dict(last, strict=False).unexpected_keys
     with torch.no_grad():
         return attached.model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
 
@@ -241,10 +242,10 @@ def test_early_stopping_ends_a_run_that_gains_nothing_and_keeps_the_best(tiny_tr
     config = config_of(tiny_tree, training={"epochs": 9, "early_stopping": 2, "learning_rate": 1e-9})
     result = run(config)
     assert (result.epochs, result.selected_step) == (3, 6)
-    best = load_file(config.run_folder / "checkpoints" / "best" / "model.safetensors")
+    best = load_file(config.run_folder / "checkpoints" / "step-00000018" / "model.safetensors")
     exported = load_file(config.run_folder / "adapter" / "adapter_model.safetensors")
     assert torch.equal(
-        best["base_model.model.classifier.modules_to_save.default.weight"],
+        best["best.base_model.model.classifier.modules_to_save.default.weight"],
         exported["base_model.model.classifier.weight"],
     )
 
@@ -259,12 +260,38 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_unit_and_leaves_the_last_
     config = config_of(
         tiny_tree, training={"learning_rate": 1e30, "max_grad_norm": None, "save_every": 1, "warmup_ratio": 0}
     )
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+; .*unit|finite"):
+    with pytest.raises(FloatingPointError, match=r"step \d+.*(unit|head|weights)"):
         run(config)
-    from safe_lab import checkpoint
+    for folder in checkpoint.steps(config.run_folder / "checkpoints"):
+        assert all(tensor.isfinite().all() for tensor in checkpoint.load(folder)[0].values())
+    assert not (config.run_folder / "result.json").exists()
+    assert not (config.run_folder / "adapter").exists()
 
-    newest = checkpoint.newest_whole(config.run_folder / "checkpoints")
-    assert newest is not None
+
+def test_weights_that_are_not_finite_are_named_with_their_unit_and_never_kept(tiny_tree, monkeypatch):
+    from safe_lab.trainer import Trainer
+
+    advance = Trainer._advance
+
+    def spoil(self):
+        ended = advance(self)
+        if self.progress.step == 7:
+            with torch.no_grad():
+                next(iter(self._freezer.units[1].parameters.values()))[0, 0] = float("nan")
+        return ended
+
+    monkeypatch.setattr(Trainer, "_advance", spoil)
+    config = config_of(tiny_tree, training={"save_every": 1, "keep_checkpoints": 9})
+    with pytest.raises(FloatingPointError, match="after step 7: unit bert.encoder.layer.1 is the first"):
+        run(config)
+    assert checkpoint.steps(config.run_folder / "checkpoints")[-1].name == "step-00000006"
+
+
+def test_a_last_step_that_explodes_is_no_result(tiny_tree):
+    training = {"learning_rate": 1e25, "max_steps": 1, "max_grad_norm": None, "warmup_ratio": 0}
+    config = config_of(tiny_tree, training=training)
+    with pytest.raises(FloatingPointError, match="finite"):
+        run(config)
     assert not (config.run_folder / "result.json").exists()
 
 
@@ -329,7 +356,7 @@ def _last_step(metrics):
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def _interrupt(config, monkeypatch, *, after_step):
+def _interrupt(config, monkeypatch, *, after_step, resume=False):
     """Run in this process until a step is done, then stop as a power cut would: nothing more is written."""
     from safe_lab.trainer import Trainer
 
@@ -347,7 +374,7 @@ def _interrupt(config, monkeypatch, *, after_step):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_advance", cut)
         with pytest.raises(PowerCut):
-            run(config)
+            run(config, resume=resume)
 
 
 @pytest.mark.parametrize("metric", ["cka", "update_norm", "fisher"])
@@ -380,6 +407,49 @@ def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(harm, tiny_tr
     run(resumed, resume=True)
     assert "step-00000012" in caplog.text
     assert bits(alone.run_folder)[:2] == bits(resumed.run_folder)[:2]
+
+
+def test_a_damaged_checkpoint_never_outlives_whole_ones(tiny_tree, monkeypatch, caplog):
+    config = config_of(tiny_tree, training={"save_every": 4, "keep_checkpoints": 1})
+    _interrupt(config, monkeypatch, after_step=13)
+    folders = config.run_folder / "checkpoints"
+    (folders / "step-00000012" / "state.pt").write_bytes(b"")
+    _interrupt(config, monkeypatch, after_step=5, resume=True)
+    assert "starts anew" in caplog.text
+    assert [folder.name for folder in checkpoint.steps(folders)] == ["step-00000004"]
+    run(config, resume=True)
+
+
+def test_rows_lost_in_a_power_cut_send_resume_to_the_checkpoint_before(tiny_tree, monkeypatch, caplog):
+    alone, resumed = (
+        config_of(tiny_tree, variant=variant, training={"save_every": 4}) for variant in ("alone", "resumed")
+    )
+    run(alone)
+    _interrupt(resumed, monkeypatch, after_step=13)
+    metrics = resumed.run_folder / "metrics.jsonl"
+    lines = metrics.read_text().split("\n")
+    metrics.write_text("\n".join(line for line in lines[:-1] if json.loads(line)["step"] <= 9) + "\n")
+    run(resumed, resume=True)
+    assert "rows were lost" in caplog.text
+    assert bits(alone.run_folder)[:2] == bits(resumed.run_folder)[:2]
+
+
+def test_a_configuration_that_could_not_be_built_does_not_block_its_correction(tiny_tree):
+    with pytest.raises(ConfigError, match="did you mean label"):
+        run(config_of(tiny_tree, data={"label_column": "lable"}, training={"max_steps": 1}))
+    run(config_of(tiny_tree, training={"max_steps": 1}))
+
+
+def test_a_pooler_the_checkpoint_lacks_trains_with_the_head_and_is_exported(tiny_tree, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "pooler" not in k}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    config = config_of(tiny_tree, model={"path": str(folder)})
+    run(config)
+    exported = load_file(config.run_folder / "adapter" / "adapter_model.safetensors")
+    assert any("pooler.dense.weight" in name for name in exported)
 
 
 def test_resume_on_other_base_weights_is_refused(tiny_tree, monkeypatch, tmp_path):
@@ -429,7 +499,7 @@ def test_bad_input_is_told_in_one_line(case, tiny_tree):
 def test_labels_out_of_range_name_row_and_value(tiny_tree, tmp_path):
     path = write_csv(tmp_path / "bad.csv")
     path.write_text(path.read_text() + "word1 word2,7\n")
-    with pytest.raises(ConfigError, match="7"):
+    with pytest.raises(ConfigError, match=r"row \d+, column 'label': label '7' is out of range, ids go from 0 to 1"):
         run(config_of(tiny_tree, data={"path": str(path), "labels": ["a", "b"]}))
 
 

@@ -13,6 +13,7 @@ def make(tiny_tree, **changes):
 
 def claim_and_leave(config, **settings):
     with claim(config, **({"resume": False, "overwrite": False} | settings)) as folder:
+        folder.write("config.yaml", configuration.dump(config))
         return folder
 
 
@@ -94,6 +95,9 @@ def test_rows_are_cut_back_to_a_checkpoint_and_lost_rows_are_told(tmp_path):
     folder.cut(sizes)
     assert folder.rows("metrics.jsonl") == [{"step": 1}]
     assert folder.rows("events.jsonl") == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": x}\n')
+    with pytest.raises(RunFolderError, match="a row was altered"):
+        folder.cut(sizes)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(RunFolderError, match="rows were lost"):
         folder.cut(sizes)

@@ -94,7 +94,7 @@ def test_a_tracker_that_fails_is_named_once_and_left(tmp_path, caplog):
     assert broken.calls == 1
     assert caplog.text.count("tracker broken failed and is left: ConnectionError: the network is down") == 1
     assert len(recorder.rows) == 3
-    tracking.finish({})
+    tracking.close()
     assert recorder.rows[-1] == "finished"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from safe_lab.data.encode import encode, read_texts
+from safe_lab.data.encode import encode, name_value, read_texts
 from safe_lab.data.metrics import compute_metrics
 from safe_lab.data.sources import TEST, TRAIN, load_splits, read_label_names
 from safe_lab.data.tasks import TASKS, Task
@@ -148,19 +148,34 @@ def _check_columns(dataset: datasets.Dataset, task: Task, split: str) -> None:
 
 def _find_labels(given: Sequence[str] | None, task: Task, path: str | None, train: datasets.Dataset) -> tuple[str, ...]:
     """Names of the labels, from the first source that has them."""
-    feature = train.features[task.label_column]
-    names = given or task.labels or read_label_names(path) or getattr(feature, "names", None)
-    if names is None:
-        values = {value for value in train[task.label_column] if value is not None and value == value and value != ""}
-        as_ids = {str(value) for value in values}
-        if all(value.isdecimal() for value in as_ids):
-            # Ids without names: the names are the numbers, up to the largest.
-            names = [str(index) for index in range(max(map(int, as_ids), default=-1) + 1)]
-        else:
-            names = sorted(as_ids)
+    own = read_label_names(path) or getattr(train.features[task.label_column], "names", None)
+    if given and task.labels and len(given) != len(task.labels):
+        raise ValueError(f"data.labels: task {task.name} has {len(task.labels)} labels, got {len(given)}")
+    if task.labels and own and set(own) == set(task.labels) and tuple(own) != task.labels:
+        raise ValueError(
+            f"the data numbers its labels {', '.join(own)}, and task {task.name} {', '.join(task.labels)}: "
+            "give labels as names, or use task classification"
+        )
+    names = given or task.labels or own or _name_values(train[task.label_column])
     if len(set(names)) < len(names) or len(names) < 2:
         raise ValueError(f"data.labels: a classification needs two or more different labels, got {list(names)}")
     return tuple(names)
+
+
+def _name_values(values: Sequence[Any]) -> list[str]:
+    """Names for labels that come without: ids 0 to n - 1 are named by their number, other values by themselves, sorted."""
+    different = {name_value(value) for value in values if value is not None and value == value and value != ""}
+    if len(different) > max(100, len(values) // 2):
+        raise ValueError(
+            f"data.label_column: {len(different)} different labels in {len(values)} rows: another column, or task regression?"
+        )
+    ids = [str(index) for index in range(len(different))]
+    if different == set(ids):
+        return ids
+    return sorted(
+        different,
+        key=lambda name: (not name.lstrip("-").isdecimal(), int(name) if name.lstrip("-").isdecimal() else 0, name),
+    )
 
 
 def _draw(dataset: datasets.Dataset, size: int | None, seed: int) -> datasets.Dataset:

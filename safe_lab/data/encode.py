@@ -76,6 +76,11 @@ def read_texts(dataset: datasets.Dataset, column: str, split: str) -> list[str]:
     return texts
 
 
+def name_value(value: Any) -> str:
+    """A label's value as a name: a whole number without its decimal point, anything else as it prints."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def _is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
@@ -84,12 +89,12 @@ def _to_id(value: Any, ids: dict[str, int], column: str, split: str, row: int) -
     place = f"split {split}, row {row}, column {column!r}"
     if _is_missing(value):
         raise ValueError(f"{place}: the label is missing (null, NaN or empty)")
-    # A name wins over an id: with the labels ("1", "2") the text "1" is the name of label 0.
-    if isinstance(value, str) and value in ids:
-        return ids[value]
+    # A name wins over an id: with the labels ("1", "2") both 1 and "1" are the name of label 0.
+    if name_value(value) in ids:
+        return ids[name_value(value)]
     try:
         index = int(value)
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
         known = ", ".join(list(ids)[:20]) + (", ..." if len(ids) > 20 else "")
         raise ValueError(
             f"{place}: unknown label {value!r}, known are {known}{did_you_mean(str(value), ids)}"

@@ -17,6 +17,8 @@ import csv
 import gzip
 import io
 import json
+import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 LABELS_FILE = "labels.json"
 TRAIN, TEST = "train", "test"
+# The hub names the parts of a large split train-00000-of-00004.
+_SHARD = re.compile(r"-\d+-of-\d+$")
 _VALIDATION_NAMES = ("validation", "dev", "valid", "val")
 
 
@@ -124,7 +128,9 @@ def read_file(path: Path) -> datasets.Dataset:
         pa.ArrowNotImplementedError,
         OSError,
         EOFError,
+        OverflowError,
         UnicodeDecodeError,
+        zlib.error,
     ) as error:
         raise ValueError(f"{path} cannot be read as {ending}, it is cut or malformed: {error}") from error
 
@@ -139,7 +145,7 @@ def _is_local(path: str) -> bool:
 
 
 def _read_local(path: Path) -> Mapping[str, datasets.Dataset]:
-    from datasets import Dataset, DatasetDict, load_from_disk
+    from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 
     if path.is_file():
         if _format(path) not in FORMATS:
@@ -157,21 +163,28 @@ def _read_local(path: Path) -> Mapping[str, datasets.Dataset]:
             return {TRAIN: saved}
         assert isinstance(saved, DatasetDict)
         return {str(name): dataset for name, dataset in saved.items()}
-    files: dict[str, Path] = {}
+    files: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
         if file.is_file() and _format(file) in FORMATS and file.name != LABELS_FILE:
-            split = file.name.split(".")[0]
-            if split in files:
-                raise ValueError(f"data.path={path}: two files for split {split}: {files[split].name} and {file.name}")
-            files[split] = file
+            stem = file.name.split(".")[0]
+            split = _SHARD.sub("", stem)
+            if split in files and split == stem:
+                raise ValueError(
+                    f"data.path={path}: two files for split {split}: {files[split][0].name} and {file.name}"
+                )
+            files.setdefault(split, []).append(file)
     if TRAIN not in files:
-        listed = ", ".join(file.name for file in files.values()) or "no data file"
+        listed = ", ".join(file.name for shards in files.values() for file in shards) or "no data file"
         raise FileNotFoundError(
             f"data.path={path}: no train split (train.jsonl, .csv, .tsv or .parquet), "
             f"found {listed}{did_you_mean(TRAIN, files)}"
         )
     wanted = (TRAIN, TEST, *_VALIDATION_NAMES)
-    return {split: read_file(file) for split, file in files.items() if split.split("_")[0] in wanted}
+    return {
+        split: concatenate_datasets([read_file(file) for file in shards])
+        for split, shards in files.items()
+        if split.split("_")[0] in wanted
+    }
 
 
 def _read_hub(hub_id: str | None, task: Task) -> Mapping[str, datasets.Dataset]:

@@ -148,13 +148,14 @@ class Reference:
         """Make sure that every row is on disk.
 
         Raises:
-            RuntimeError: The disk is full or failed.
+            OSError: The disk is full or failed.
         """
         if self._error is not None:
-            raise RuntimeError(
+            raise OSError(
+                self._error.errno,
                 f"the reference activations of cka need {self._num_bytes / MIB:.1f} MiB in {tempfile.gettempdir()}, "
                 f"and writing them failed ({self._error}): take fewer probe samples, set TMPDIR to a larger disk, "
-                "or set pooling: first"
+                "or set pooling: first",
             ) from self._error
 
     def num_blocks(self, site: nn.Module) -> int:

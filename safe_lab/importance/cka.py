@@ -61,11 +61,15 @@ class Comparison:
             unit: For the message.
 
         Raises:
-            ValueError: No rows came by.
+            ValueError: No rows came by, or one.
         """
         if self._xx.num_rows == 0:
             raise ValueError(
                 f"the probe gave no activations for unit {unit.name}: its site must run in every forward pass"
+            )
+        if self._xx.num_rows < 2:
+            raise ValueError(
+                f"the probe gave one row for unit {unit.name}, and CKA compares two or more: take more samples"
             )
         if self._identical:
             return 0.0
@@ -90,7 +94,7 @@ def prepare(
 
     Raises:
         ValueError: A unit has no site, or cannot be switched off.
-        RuntimeError: The temporary folder cannot hold the activations.
+        OSError: The temporary folder cannot hold the activations.
     """
     if reference == "without_adapter":
         return None

@@ -97,7 +97,7 @@ def test_full_disk_names_the_need_the_place_and_the_remedy(monkeypatch):
     for _ in range(3):
         stored.write(nn.Identity(), torch.zeros(2**10, 2**8))
     with pytest.raises(
-        RuntimeError, match=r"3\.0 MiB in .*No space left.*fewer probe samples.*TMPDIR.*pooling: first"
+        OSError, match=r"3\.0 MiB in .*No space left.*fewer probe samples.*TMPDIR.*pooling: first"
     ) as caught:
         stored.check_written()
     assert tempfile.gettempdir() in str(caught.value)

@@ -257,7 +257,7 @@ def test_reference_that_does_not_fit_on_the_disk_is_an_error_before_training(bar
 
     disk = SimpleNamespace(write=fail, close=lambda: None)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: disk)
-    with pytest.raises(RuntimeError, match="No space left"):
+    with pytest.raises(OSError, match="No space left"):
         CKA.prepare(bare.probe())
 
 
