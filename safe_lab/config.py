@@ -190,7 +190,8 @@ class FreezingSection(Section):
         "layer", description="what freezes as one: all adapters of a layer, one adapted module, or one weight matrix"
     )
     normalize: Literal["none", "max", "rank"] = Field(
-        "none", description="scores as they are, divided by the largest, or their rank / number of units"
+        "none",
+        description="scores as they are, divided by the largest, or as quantiles (0.5 parts the units in halves)",
     )
     probe_samples: Count | None = Field(
         None,
@@ -377,6 +378,15 @@ def warnings(config: Config) -> list[str]:
             found.append(
                 f"training.epochs is {training.epochs}, and no unit can freeze before the end of epoch {first}: "
                 "freezing saves nothing"
+            )
+        elif (
+            POLICIES[freezing.policy].level != "none"
+            and freezing.final >= training.epochs
+            and freezing.curve != "constant"
+        ):
+            found.append(
+                f"freezing.final (t_f) is {freezing.final}, the last scoring that counts follows epoch {training.epochs - 1}: "
+                "the threshold does not reach its final value"
             )
     if config.model.dtype == "float16":
         found.append(

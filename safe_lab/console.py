@@ -71,7 +71,7 @@ class Console:
         if not scoring.froze:
             return
         froze = ", ".join(
-            units[i].name + ("" if scoring.scores is None else f" (score {scoring.scores[i]:.3g})")
+            units[i].name + ("" if scoring.normalized is None else f" ({scoring.normalized[i]:.3g})")
             for i in scoring.froze
         )
         self.say(
@@ -91,11 +91,15 @@ class Console:
         for name, value in result["baselines"].items():
             metrics.add_row(f"baseline: {name}", f"{value:.4f}")
         self.rich.print(metrics)
+        if not result["timeline"]:
+            self._finish(result, folder)
+            return
         adapters = Table(
             "depth",
             "adapter",
             "first score",
             "last score",
+            "last compared",
             "frozen at epoch",
             "threshold then",
             title="adapters",
@@ -107,6 +111,7 @@ class Console:
                 escape(adapter["unit"]),
                 _number(adapter["first_score"]),
                 _number(adapter["last_score"]),
+                _number(adapter["normalized_score"]),
                 _number(adapter["frozen_at_epoch"]),
                 _number(adapter["threshold"]),
             )
@@ -129,6 +134,9 @@ class Console:
                 str(scoring["frozen_depth"]),
             )
         self.rich.print(timeline)
+        self._finish(result, folder)
+
+    def _finish(self, result: Mapping[str, Any], folder: Path) -> None:
         seconds = result["seconds"]
         self.say(
             f"{sum(seconds.values()):.1f} s: "

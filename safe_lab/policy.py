@@ -117,8 +117,8 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
 def normalize(scores: Sequence[float], how: str) -> list[float]:
     """Scores on the scale that the threshold is compared with.
 
-    ``none``: as they are (the paper's). ``max``: divided by the largest magnitude, so that the largest is 1. ``rank``: rank
-    from the least important, over the number of units, in (0, 1]; ties share the lowest rank of theirs.
+    ``none``: as they are (the paper's). ``max``: divided by the largest magnitude, so that the largest is 1. ``rank``: the
+    mid-rank quantile (rank - 1/2) / num_units, so that a threshold of 0.5 parts the units in halves; ties share their lowest.
 
     Args:
         scores: Raw scores by unit.
@@ -128,7 +128,7 @@ def normalize(scores: Sequence[float], how: str) -> list[float]:
         ValueError: Another ``how``.
 
     >>> normalize([0.2, 0.1, 0.4], "rank")
-    [0.6666666666666666, 0.3333333333333333, 1.0]
+    [0.5, 0.16666666666666666, 0.8333333333333334]
     >>> normalize([0.2, 0.1, 0.4], "max")
     [0.5, 0.25, 1.0]
     """
@@ -137,7 +137,7 @@ def normalize(scores: Sequence[float], how: str) -> list[float]:
         return [score / largest if largest > 0 else 0.0 for score in scores]
     if how == "rank":
         ordered = sorted(scores)
-        return [(ordered.index(score) + 1) / len(scores) for score in scores]
+        return [(ordered.index(score) + 0.5) / len(scores) for score in scores]
     if how == "none":
         return list(scores)
     raise ValueError(f"normalize: {how!r} is none of none, max, rank")

@@ -35,8 +35,9 @@ def summarize_freezing(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str
     """What happened to each adapter, and to all over time, from the rows of importance.jsonl.
 
     Returns:
-        One entry for each unit: depth, unit, first and last score, step and epoch at which it froze, and the threshold then
-        (None if it did not); and one for each scoring: scoring, step, epoch, threshold, frozen_share, frozen_depth.
+        One entry for each unit: depth, unit, first and last score, the last as compared with the threshold, step and epoch
+        at which it froze, and the threshold then (None if it did not); and one for each scoring: scoring, step, epoch,
+        threshold, frozen_share, frozen_depth.
     """
     by_unit: dict[str, list[Mapping[str, Any]]] = {}
     by_scoring: dict[int, list[Mapping[str, Any]]] = {}
@@ -52,6 +53,7 @@ def summarize_freezing(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str
                 "unit": unit,
                 "first_score": history[0]["score"],
                 "last_score": history[-1]["score"],
+                "normalized_score": history[-1]["normalized_score"],
                 "frozen_at_step": froze and froze["step"],
                 "frozen_at_epoch": froze and froze["epoch"],
                 "threshold": froze and froze["threshold"],

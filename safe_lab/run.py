@@ -37,6 +37,24 @@ from safe_lab.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+ADAPTER_CARD = """# Adapter trained with safe_lab
+
+On the base model {path}; in plain PEFT, where BASE is that model (a hub id or folder) and ADAPTER this folder:
+
+```python
+import json
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
+base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels={num_labels}, pad_token_id=tokenizer.pad_token_id)
+model = PeftModel.from_pretrained(base, ADAPTER).eval()
+labels = json.load(open(f"{{ADAPTER}}/labels.json"))  # names by id; empty for regression
+```
+
+That transformers reports the base's classifier as newly initialized is as it should be: the trained one is in the adapter.
+"""
+
 
 def run(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Result:
     """Train as configured and write the run folder.
@@ -82,7 +100,14 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
         console.stop()
     if config.training.select == "best":
         parts.trainer.restore_best()
-    export(parts.accelerator.unwrap_model(parts.model), folder, parts.tokenizer, parts.data.labels, parts.initial)
+    export(
+        parts.accelerator.unwrap_model(parts.model),
+        folder,
+        parts.tokenizer,
+        config.model.path,
+        parts.data.labels,
+        parts.initial,
+    )
     result = _conclude(config, parts)
     summary = asdict(result)
     folder.write("result.json", json.dumps(json.loads(to_json(summary)), indent=1, ensure_ascii=False))
@@ -316,7 +341,12 @@ def count_steps(batches_per_epoch: int, settings: TrainingSection) -> int:
 
 
 def export(
-    model: Any, folder: RunFolder, tokenizer: Any, labels: Sequence[str], initial: Mapping[str, Tensor] | None
+    model: Any,
+    folder: RunFolder,
+    tokenizer: Any,
+    path: str,
+    labels: Sequence[str],
+    initial: Mapping[str, Tensor] | None,
 ) -> None:
     """Write ``adapter/`` whole or not at all: adapters and head in PEFT's format, tokenizer, names of the labels."""
     unfinished = folder.path / ".unfinished-adapter"
@@ -324,6 +354,7 @@ def export(
     save_adapter(model, unfinished, initial=initial)
     tokenizer.save_pretrained(unfinished)
     (unfinished / "labels.json").write_text(json.dumps(list(labels), ensure_ascii=False))
+    (unfinished / "README.md").write_text(ADAPTER_CARD.format(path=path, num_labels=len(labels) or 1))
     checkpoint.sync(unfinished)
     shutil.rmtree(folder.adapter, ignore_errors=True)
     unfinished.rename(folder.adapter)
@@ -341,8 +372,9 @@ def _announce(console: Console, config: Config, parts: Parts) -> None:
         [f"train {len(data.train)}", *(f"{split} {len(dataset)}" for split, dataset in data.validation.items())]
     )
     cut = sum(data.num_truncated.values())
+    kind = f"{len(data.labels)} labels" if data.labels else "regression"
     truncation = f", {cut} cut to {config.data.max_length} tokens" if cut else ""
-    console.say(f"{config.name}/{config.variant}: {data.task.name} ({examples} examples{truncation})")
+    console.say(f"{config.name}/{config.variant}: {data.task.name} ({examples} examples, {kind}{truncation})")
     if data.baselines:
         console.say("baselines: " + ", ".join(f"{name} {value:.4f}" for name, value in data.baselines.items()))
     total = sum(parameter.numel() for parameter in parts.model.parameters())

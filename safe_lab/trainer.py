@@ -161,7 +161,8 @@ class Trainer:
                     self._log()
                 if self._due(self._settings.eval_every):
                     self.evaluate()
-                if self._due(self._interval):
+                # After the last step a unit would freeze for nothing.
+                if self._due(self._interval) and not self._ended:
                     self._score()
                 if self._due(self._settings.save_every) or self._ended:
                     self.save()

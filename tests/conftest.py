@@ -35,6 +35,13 @@ def tiny_tree(tiny_folder, tmp_path):
         "data": {"task": "classification", "path": str(write_csv(tmp_path / "data.csv")), "max_length": 16},
         "adapter": {"method": "lora", "rank": 2, "alpha": 4, "target_modules": ["query", "value"]},
         "training": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "log_every": 2},
-        "freezing": {"metric": "cka", "normalize": "rank", "warmup": 1, "final": 3, "final_threshold": 0.7},
+        "freezing": {
+            "metric": "cka",
+            "normalize": "rank",
+            "interval": 5,
+            "warmup": 1,
+            "final": 3,
+            "final_threshold": 0.55,
+        },
         "tracking": {"wandb": "disabled"},
     }

@@ -164,6 +164,7 @@ def test_an_override_without_a_value_or_through_a_value_is_refused(path):
         (["freezing.final_threshold=0"], "nothing can ever freeze"),
         (["freezing.final_threshold=1.5"], "all units freeze"),
         (["training.epochs=1"], "saves nothing"),
+        (["training.epochs=6"], "does not reach its final value"),
         (["freezing.metric=fisher"], "raw fisher scores"),
         (["model.dtype=float16"], "epsilon"),
         (["training.early_stopping=2", "training.eval_every=never"], "no effect"),

@@ -168,7 +168,7 @@ def test_a_weight_that_units_share_freezes_with_the_last_of_them():
 
 @pytest.mark.parametrize(
     ("metric", "options"),
-    [("sensitivity", {"smoothing": True}), ("update_norm", {}), ("random", {}), ("cka", {"reference": "pretrained"})],
+    [("sensitivity", {"smoothing": True}), ("update_norm", {}), ("random", {})],
 )
 def test_resumed_decisions_are_those_of_an_uninterrupted_run(metric, options):
     rule = FreezingRule(

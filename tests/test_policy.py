@@ -55,8 +55,8 @@ def test_all_freezes_everything_once_warm_and_nothing_before():
 def test_normalisations_have_their_worked_values():
     assert normalize([0.2, 0.4, 0.1], "none") == [0.2, 0.4, 0.1]
     assert normalize([0.2, 0.4, 0.1], "max") == pytest.approx([0.5, 1.0, 0.25])
-    assert normalize([0.2, 0.4, 0.1], "rank") == pytest.approx([2 / 3, 1.0, 1 / 3])
-    assert normalize([0.1, 0.1, 0.4], "rank") == pytest.approx([1 / 3, 1 / 3, 1.0])
+    assert normalize([0.2, 0.4, 0.1], "rank") == pytest.approx([1 / 2, 5 / 6, 1 / 6])
+    assert normalize([0.1, 0.1, 0.4], "rank") == pytest.approx([1 / 6, 1 / 6, 5 / 6])
     assert normalize([0.0, 0.0], "max") == [0.0, 0.0]
     assert normalize([-2.0, 1.0], "max") == [-1.0, 0.5]
 

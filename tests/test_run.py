@@ -124,7 +124,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tiny_tree):
 
 
 def test_frozen_weights_keep_their_bits_from_the_checkpoint_of_their_event_to_the_end(tiny_tree):
-    config = config_of(tiny_tree, training={"keep_checkpoints": 9, "epochs": 4})
+    config = config_of(tiny_tree, training={"keep_checkpoints": 9, "epochs": 4, "save_every": 5})
     run(config)
     event = RunFolder(config.run_folder).rows("events.jsonl")[0]
     then = load_file(config.run_folder / "checkpoints" / f"step-{event['step']:08d}" / "model.safetensors")
@@ -184,7 +184,7 @@ def test_every_family_trains_and_freezes(name, tiny_tree, tmp_path):
         model={"path": str(folder)},
         adapter={"target_modules": FAMILIES[name][2]},
         training={"epochs": 2},
-        freezing={"final": 2, "final_threshold": 0.9},
+        freezing={"final": 2, "final_threshold": 0.8},
     )
     result = run(config)
     assert result.frozen_share == pytest.approx(2 / 3), result.adapters
@@ -221,7 +221,7 @@ def test_bfloat16_accumulation_checkpointing_and_length_groups_work_together(tin
     assert result.steps == 9
     rows = RunFolder(config.run_folder).rows("metrics.jsonl")
     assert [row["step"] for row in rows if "validation/accuracy" in row] == [2, 4, 6, 8, 9]
-    assert [entry["step"] for entry in result.timeline] == [3, 6, 9]
+    assert [entry["step"] for entry in result.timeline] == [3, 6]
 
 
 def test_regression_and_pairs_of_texts_work(tiny_tree, tmp_path):
