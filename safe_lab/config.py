@@ -195,7 +195,7 @@ class FreezingSection(Section):
     )
     probe_samples: Count | None = Field(
         None,
-        description="training examples on which scores are computed; null: 128, but at most 1 in 40 of the training split",
+        description="training examples to score on; null: 128, at most 1 in 50 of the training split, at least 16",
     )
     interval: Literal["epoch"] | Count = Field("epoch", description="a scoring after each epoch, or every N steps")
     warmup: Annotated[int, Field(strict=True, ge=0)] | Literal["stable"] = Field(

@@ -187,7 +187,9 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         data, collator, config.freezing.probe_samples, config.training.eval_batch_size, config.seed, accelerator.device
     )
     model.eval()
-    units = find_units(model, lambda: model(**probe[0]), config.freezing.unit)
+    units = find_units(
+        model, lambda: model(**{key: value[:1] for key, value in probe[0].items()}), config.freezing.unit
+    )
     freezer = Freezer(
         model,
         units,
@@ -292,30 +294,31 @@ def build_eval_loader(dataset: Any, collator: Collator, batch_size: int) -> Data
 
 
 def build_probe(
-    data: Data, collator: Collator, num_samples: int | None, batch_size: int, seed: int, device: torch.device
+    data: Data, collator: Collator, num_samples: int | None, max_batch_size: int, seed: int, device: torch.device
 ) -> list[Batch]:
-    """The fixed examples on which scores are computed: drawn from the training split, batched by length.
+    """The fixed examples on which scores are computed: drawn from the training split, in batches of like length.
 
     Args:
         data: Its ``train`` is drawn from.
         collator: Pads.
-        num_samples: How many; None: 128, but at most 1 in 40 (so that all scoring together costs under 2 % of the FLOPs of
+        num_samples: How many; None: 128, but at most 1 in 50 (so that all scoring together costs under 2 % of the FLOPs of
             training) and at least 16.
-        batch_size: Examples in a batch.
+        max_batch_size: Most examples in a batch; there are about eight batches, which leaves little padding.
         seed: Seed of the draw.
         device: Where the batches go.
     """
     available = len(data.train)
-    wanted = max(16, min(128, available // 40)) if num_samples is None else num_samples
-    if wanted > available:
+    wanted = max(16, min(128, available // 50)) if num_samples is None else num_samples
+    if num_samples is not None and wanted > available:
         log.warning(
             "freezing.probe_samples is %d, and the training split has %d examples: all are taken", wanted, available
         )
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
     rows = sorted((data.train[i] for i in drawn), key=lambda row: row["length"])
+    size = min(max_batch_size, max(4, wanted // 8))
     return [
-        {key: value.to(device) for key, value in collator(rows[i : i + batch_size]).items()}
-        for i in range(0, len(rows), batch_size)
+        {key: value.to(device) for key, value in collator(rows[i : i + size]).items()}
+        for i in range(0, len(rows), size)
     ]
 
 
