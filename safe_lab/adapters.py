@@ -46,40 +46,19 @@ class Attached:
     base_fingerprint: str
 
 
-def attach(
-    model: nn.Module,
-    *,
-    method: str,
-    rank: int | None = None,
-    alpha: float | None = None,
-    dropout: float | None = None,
-    target_modules: Sequence[str] | str | None = None,
-    options: Mapping[str, Any] | None = None,
-    head_modules: Sequence[str] = (),
-) -> Attached:
-    """Attach adapters of one PEFT method; the base is frozen, the head trains in full.
+def attach(model: nn.Module, config: PeftConfig) -> Attached:
+    """Attach adapters; the base is frozen, what ``config.modules_to_save`` names (the task head) trains in full.
 
     Args:
-        model: A ``transformers`` model with a sequence-classification head.
-        method: Name of the PEFT method, in any case.
-        rank: Rank, for methods that have one; None: PEFT's default.
-        alpha: Scaling numerator, likewise.
-        dropout: Dropout on the adapter's input, likewise.
-        target_modules: Suffixes of module names, a regular expression, or ``all-linear``; None: PEFT's choice.
-        options: Further arguments of the method's PEFT config.
-        head_modules: Names of modules to train in full beside the adapters.
+        model: A ``transformers`` model.
+        config: PEFT's own, by hand or from :func:`build_peft_config`.
 
     Raises:
-        ValueError: Unknown method or option, a setting the method does not have, or targets that match nothing.
+        ValueError: PEFT cannot attach the method, its targets match nothing, or it adds nothing that could freeze.
     """
-    config = build_peft_config(
-        method,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=target_modules,
-        options=options,
-        head_modules=head_modules,
+    method, target_modules = (
+        str(getattr(config.peft_type, "value", config.peft_type)).lower(),
+        getattr(config, "target_modules", None),
     )
     before = {id(parameter): torch.hash_tensor(parameter.detach()).item() for parameter in model.parameters()}
     linear_names = sorted(
@@ -91,7 +70,7 @@ def attach(
         if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
             # A regular expression that is none, an option of the wrong kind, a method that wants more than a config.
             raise ValueError(f"adapter: PEFT cannot attach {method}: {type(error).__name__}: {error}") from error
-        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules or [])
+        wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or [])
         near = "".join(did_you_mean(name, linear_names) for name in wanted)
         raise ValueError(
             f"adapter.target_modules: {wanted or 'the choice of PEFT'} matches no module of {type(model).__name__}{near}; "

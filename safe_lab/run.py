@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from safe_lab import checkpoint
 from safe_lab import config as configuration
-from safe_lab.adapters import attach, find_units, save_adapter
+from safe_lab.adapters import attach, build_peft_config, find_units, save_adapter
 from safe_lab.config import Config, ConfigError, FreezingSection, TrainingSection
 from safe_lab.config import warnings as config_warnings
 from safe_lab.console import Console
@@ -160,7 +160,7 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         pad_token_id=tokenizer.pad_token_id,
     )
     _check_length(base, config.data.max_length)
-    attached = attach(base, **config.adapter.model_dump(), head_modules=heads)
+    attached = attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads))
 
     if config.model.gradient_checkpointing:
         checkpoint_gradients(base)

@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from tiny import FAMILIES, tiny_batch, tiny_model
 
-from safe_lab.adapters import attach, find_units, save_adapter, tuner_layers
+from safe_lab.adapters import attach, build_peft_config, find_units, save_adapter, tuner_layers
 from safe_lab.importance import METRICS
 from safe_lab.importance.probe import Probe
 from safe_lab.model import checkpoint_gradients, head_modules
@@ -15,7 +15,7 @@ from safe_lab.units import switched_off
 def build(family="bert", *, granularity="layer", method="lora", **settings):
     base = tiny_model(family)
     settings.setdefault("target_modules", FAMILIES[family][2])
-    attached = attach(base, method=method, head_modules=head_modules(base), **settings)
+    attached = attach(base, build_peft_config(method, head_modules=head_modules(base), **settings))
     attached.model.eval()
     batch = tiny_batch()
     return attached, find_units(attached.model, lambda: attached.model(**batch), granularity)
@@ -43,7 +43,7 @@ def test_every_new_module_outside_the_body_trains(family):
 def test_order_is_that_of_the_forward_pass_and_not_of_names():
     base = tiny_model("bert")
     layers = base.bert.encoder.layer
-    attached = attach(base, method="lora", target_modules=["query"], head_modules=["classifier"])
+    attached = attach(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     batch = tiny_batch()
 
     def run_backwards():

@@ -3,6 +3,7 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import tiny_batch, tiny_model
 from torch import nn
 
@@ -101,7 +102,7 @@ def test_what_turns_a_frozen_weight_back_on_cannot_move_it(caplog):
 
 def test_peft_disable_adapter_does_not_undo_the_freeze():
     base = tiny_model()
-    peft_model = attach(base, method="lora", target_modules=["query"], head_modules=["classifier"]).model
+    peft_model = attach(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).model
     batch = tiny_batch()
     units = find_units(peft_model, lambda: peft_model(**batch))
     optimizer = torch.optim.AdamW((p for p in peft_model.parameters() if p.requires_grad), lr=1e-2)
@@ -126,9 +127,7 @@ def test_peft_disable_adapter_does_not_undo_the_freeze():
 
 
 def test_the_paper_rule_freezes_real_adapters_by_cka_in_a_bare_loop():
-    peft_model = attach(
-        tiny_model(), method="lora", target_modules=["query", "value"], head_modules=["classifier"]
-    ).model
+    peft_model = attach(tiny_model(), LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])).model
     batch = tiny_batch(examples=8)
     units = find_units(peft_model, lambda: peft_model(**batch))
     optimizer = torch.optim.AdamW((p for p in peft_model.parameters() if p.requires_grad), lr=5e-2)

@@ -162,13 +162,13 @@ def _logits_of_the_last_checkpoint(config, result, texts):
     """The model as it stood in training: base, adapters attached anew, weights of the checkpoint."""
     from accelerate.utils import set_seed
 
-    from safe_lab.adapters import attach
+    from safe_lab.adapters import attach, build_peft_config
     from safe_lab.model import load_model, load_tokenizer
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config.model.path)
     base, heads = load_model(config.model.path, num_labels=2, regression=False, pad_token_id=0)
-    attached = attach(base, **config.adapter.model_dump(), head_modules=heads)
+    attached = attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads))
     weights = load_file(config.run_folder / "checkpoints" / f"step-{result.steps:08d}" / "model.safetensors")
     last = {key.removeprefix("last."): weight for key, weight in weights.items() if key.startswith("last.")}
     assert not attached.model.load_state_dict(last, strict=False).unexpected_keys
