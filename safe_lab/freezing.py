@@ -257,6 +257,8 @@ class Freezer:
             return None
         if self._warmup_end is None:
             return f"nothing froze: the scores never settled to within {self.rule.stable_share:.0%}, so warm-up did not end"
+        if self.level is None:
+            return f"nothing froze: after {self._t} scorings warm-up (t_w = {self._warmup_end}) was not over"
         if self._scores is None:
             return f"nothing froze: after {self._t} scorings the schedule stands at {self.level}"
         smallest = min(normalize(self._scores, self.rule.normalize))

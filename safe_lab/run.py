@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,12 +74,11 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, consol
     for warning in config_warnings(config):
         log.warning(warning)
     with claim(config, resume=resume, overwrite=overwrite) as folder:
-        try:
+        with _as_bad_input():
             parts = build(config, folder, console)
-            resumed = resume and parts.trainer.resume()
-        except (ValueError, FileNotFoundError, ConnectionError) as error:
-            raise ConfigError(str(error)) from error
         try:
+            with _as_bad_input():
+                resumed = resume and parts.trainer.resume()
             # Only now: a configuration that could not be built must not stand in the way of its correction.
             folder.write("config.yaml", configuration.dump(config))
             folder.write("environment.json", json.dumps(describe_environment(), indent=1))
@@ -89,6 +89,15 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, consol
             return _train(config, folder, parts, console)
         finally:
             parts.tracking.close()
+
+
+@contextmanager
+def _as_bad_input() -> Iterator[None]:
+    """What goes wrong while a run is put together is the user's to mend; later it is our bug."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) -> Result:

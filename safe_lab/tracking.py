@@ -33,7 +33,7 @@ WALL_SECONDS = "resources/wall_seconds"
 TOKENS_PER_SECOND = "resources/tokens_per_second"
 HOST_MEMORY = "resources/host_memory_peak_bytes"
 DEVICE_MEMORY = "resources/device_memory_peak_bytes"
-# <split>/<metric> for each validation split and task metric, e.g. validation/accuracy: see trainer.metric_key.
+# <split>/<metric> for each validation split and task metric, e.g. validation/accuracy: see evaluation.metric_key.
 ADAPTER_SCORE = "adapter/{depth}/score"
 ADAPTER_NORMALIZED = "adapter/{depth}/normalized_score"
 ADAPTER_FROZEN = "adapter/{depth}/frozen"

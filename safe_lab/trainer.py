@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from safe_lab import checkpoint, tracking
 from safe_lab.config import TrainingSection
 from safe_lab.console import Console
-from safe_lab.data import EpochBatchSampler, Task, compute_metrics
+from safe_lab.data import EpochBatchSampler, Task
+from safe_lab.evaluation import evaluate, metric_key
 from safe_lab.freezing import Freezer
 from safe_lab.importance.probe import Batch, LossFunction
 from safe_lab.rng import get_rng_state, set_rng_state
@@ -390,52 +391,3 @@ class Trainer:
             raise ValueError("the checkpoint holds other weights than the model trains; start anew with --overwrite")
         for name, parameter in self._trained.items():
             parameter.copy_(tensors[name])
-
-
-def evaluate(accelerator: Accelerator, model: nn.Module, validation: Mapping[str, Any], task: Task) -> dict[str, float]:
-    """Task metrics and mean loss on every validation split.
-
-    Args:
-        accelerator: Gathers over processes.
-        model: The model; its train mode is restored.
-        validation: Loader by name of the split.
-        task: Names the metrics.
-
-    Returns:
-        ``<split>/<metric>`` -> value.
-
-    Raises:
-        FloatingPointError: A prediction is NaN or infinite.
-    """
-    results: dict[str, float] = {}
-    training = model.training
-    model.eval()
-    for split, batches in validation.items():
-        outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-        for batch in batches:
-            with torch.no_grad():
-                output = model(**batch)
-            labels = batch["labels"]
-            outputs.append(
-                accelerator.gather_for_metrics((output.logits.float(), labels, output.loss.float().expand(len(labels))))
-            )
-        logits, labels, losses = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
-        if not logits.isfinite().all():
-            raise FloatingPointError(
-                f"a prediction on split {split} is not finite, with weights that are: they have exploded"
-            )
-        predictions = logits.squeeze(-1) if task.kind == "regression" else logits.argmax(-1)
-        results[metric_key(split, "loss")] = losses.mean().item()
-        for name, value in compute_metrics(task.metrics, predictions.numpy(), labels.numpy()).items():
-            results[metric_key(split, name)] = value
-    model.train(training)
-    return results
-
-
-def metric_key(split: str, metric: str) -> str:
-    """The key of a metric: ``validation/accuracy``, and ``validation_matched/accuracy`` where there are several splits.
-
-    >>> metric_key("validation", "f1"), metric_key("matched", "accuracy")
-    ('validation/f1', 'validation_matched/accuracy')
-    """
-    return f"{split if split == 'validation' else f'validation_{split}'}/{metric}"

@@ -12,7 +12,7 @@ LAYERS = [
     {"suggest", "yaml_core", "rng", "units"},
     {"schedule", "policy", "importance", "data"},
     {"config"},
-    {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result"},
+    {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation"},
     {"tracking"},
     {"console"},
     {"trainer"},
@@ -23,7 +23,7 @@ LAYERS = [
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # The paper's part works without configuration, trainer or tracker.
 PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest"}
-ONLY_IN = {"accelerate": {"trainer", "run", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
+ONLY_IN = {"accelerate": {"trainer", "run", "tracking", "evaluation"}, "wandb": {"tracking"}, "peft": {"adapters"}}
 
 
 def imports():
