@@ -28,7 +28,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 bench: install
-	$(BIN)/python experiments/bench/scoring_cost.py
+	$(BIN)/safe-lab bench experiments/bench/small.yaml
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,21 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from safe_lab.adapters import attach, find_units
-    from safe_lab.config import Config, ConfigError, load
+    from safe_lab.config import Config, load
     from safe_lab.freezing import Freezer, FreezingRule, Scoring
     from safe_lab.importance import METRICS
+    from safe_lab.memory import Ledger, Trace
+    from safe_lab.section import ConfigError
     from safe_lab.units import Unit
 
 _HOME = {
     "attach": "adapters",
     "find_units": "adapters",
     "Config": "config",
-    "ConfigError": "config",
+    "ConfigError": "section",
     "load": "config",
     "Freezer": "freezing",
     "FreezingRule": "freezing",
     "Scoring": "freezing",
     "METRICS": "importance",
+    "Ledger": "memory",
+    "Trace": "memory",
     "Unit": "units",
 }
 
@@ -32,7 +36,9 @@ __all__ = [
     "ConfigError",
     "Freezer",
     "FreezingRule",
+    "Ledger",
     "Scoring",
+    "Trace",
     "Unit",
     "attach",
     "find_units",

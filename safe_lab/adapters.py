@@ -38,7 +38,8 @@ class Attached:
         initial: Where attaching changed base weights (PiSSA, OLoRA, CorDA), the adapters' weights as they were then, else None:
             switching the adapters off does not give the pre-trained model back, and what is saved must be converted to load
             on it.
-        base_fingerprint: Hash of all weights outside adapters and head, by which a resumed run knows its base again.
+        base_fingerprint: Hash of all weights outside adapters and head, by which a resumed run knows its base again;
+            of a model on ``meta``, which has none, it tells nothing.
     """
 
     model: PeftModel
@@ -50,7 +51,7 @@ def attach(model: nn.Module, config: PeftConfig) -> Attached:
     """Attach adapters; the base is frozen, what ``config.modules_to_save`` names (the task head) trains in full.
 
     Args:
-        model: A ``transformers`` model.
+        model: A ``transformers`` model; on ``meta``, to be attached to under ``torch.device("meta")``, for its shapes alone.
         config: PEFT's own, by hand or from :func:`build_peft_config`.
 
     Raises:
@@ -60,7 +61,7 @@ def attach(model: nn.Module, config: PeftConfig) -> Attached:
         str(getattr(config.peft_type, "value", config.peft_type)).lower(),
         getattr(config, "target_modules", None),
     )
-    before = {id(parameter): torch.hash_tensor(parameter.detach()).item() for parameter in model.parameters()}
+    before = _hashes(model)
     linear_names = sorted(
         {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     )
@@ -90,8 +91,8 @@ def attach(model: nn.Module, config: PeftConfig) -> Attached:
             f"adapter: {len(stray)} weights outside adapters and head would train and never freeze, {stray[0]} among them; "
             "set adapter.options.bias to none or lora_only"
         )
-    after = [(id(parameter), torch.hash_tensor(parameter.detach()).item()) for parameter in attached.parameters()]
-    changed = any(before[key] != hash_ for key, hash_ in after if key in before)
+    after = {key: hash_ for key, hash_ in _hashes(attached).items() if key in before}
+    changed = any(before[key] != hash_ for key, hash_ in after.items())
     if changed and config.peft_type != PeftType.LORA:
         raise ValueError(
             f"adapter.method: {method} changes the base weights, and could not be loaded on the pre-trained model"
@@ -101,8 +102,16 @@ def attach(model: nn.Module, config: PeftConfig) -> Attached:
         initial={key: tensor.clone() for key, tensor in get_peft_model_state_dict(attached).items()}
         if changed
         else None,
-        base_fingerprint=hashlib.sha256(repr([hash_ for key, hash_ in after if key in before]).encode()).hexdigest(),
+        base_fingerprint=hashlib.sha256(repr(list(after.values())).encode()).hexdigest(),
     )
+
+
+def _hashes(model: nn.Module) -> dict[int, int]:
+    """Hash of each weight by its identity; a weight on ``meta`` has no value, and 0 for a hash."""
+    return {
+        id(parameter): 0 if parameter.is_meta else int(torch.hash_tensor(parameter.detach()).item())
+        for parameter in model.parameters()
+    }
 
 
 def _belongs(model: nn.Module, name: str) -> bool:
@@ -329,5 +338,6 @@ def _delta_weights(layers: Sequence[Any]) -> Callable[[], Iterator[Tensor]] | No
         return None
     try:
         return deltas if all(isinstance(delta, Tensor) for delta in deltas()) else None
-    except (AttributeError, NotImplementedError):  # no such form (IA3), or another one (BOFT's rotation)
+    # No such form (IA3), or another one (BOFT's rotation), or one that wants the base weight (MiSS).
+    except (AttributeError, NotImplementedError, TypeError):
         return None

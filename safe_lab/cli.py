@@ -1,6 +1,7 @@
-"""The command line: ``safe-lab train``. Bad input gets one clear message and exit code 2; a traceback is for our bugs.
+"""The command line. Bad input gets one clear message and exit code 2; a traceback is for our bugs.
 
-torch is imported only once a run starts, so that help and the answer to a bad configuration come in an instant.
+A command is a function of its words, and a row of :data:`COMMANDS`. What it needs is imported when it runs: help comes in an
+instant, and so does the answer to a bad configuration, without torch.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from safe_lab.suggest import did_you_mean
 
-from safe_lab import config as configuration
-from safe_lab import run_folder
-from safe_lab.config import ConfigError
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from safe_lab.config import Config
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -25,21 +28,23 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]].run(words[1:])
     parser = argparse.ArgumentParser(
         prog="safe-lab",
         description="SAFE: adapter tuning that freezes what no longer matters, and measures what that buys.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:8s}{command.summary}" for name, command in COMMANDS.items())
+        + "\n\nsafe-lab COMMAND --help tells more of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    parser.add_argument(
-        "command",
-        nargs="?",
-        choices=["train"],
-        help="train: tune a model as a YAML file says (safe-lab train --help lists every field)",
-    )
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] == "train":
-        return train(words[1:])
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of the commands below")
     chosen = parser.parse_args(words)
+    if chosen.command is not None:
+        near = did_you_mean(chosen.command, COMMANDS)
+        parser.error(f"there is no command {chosen.command!r}{near}; there are {', '.join(COMMANDS)}")
     if chosen.version:
         from importlib.metadata import version
 
@@ -56,8 +61,7 @@ def train(arguments: Sequence[str]) -> int:
         description="Tune a model as a YAML file says. A dotted key overrides a field: training.epochs=3 freezing.metric=fisher",
         add_help=False,
     )
-    parser.add_argument("config", nargs="?", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted key and value, in YAML")
+    _add_config(parser)
     parser.add_argument(
         "-h", "--help", action="store_true", help="this text, with every field of the YAML file, and exit"
     )
@@ -70,44 +74,44 @@ def train(arguments: Sequence[str]) -> int:
         parser.print_help()
         print_fields()
         return 0
-    if chosen.config is None or "=" in chosen.config:
-        parser.error("a YAML file is needed first, such as experiments/quickstart.yaml")
+    _check_config_given(parser, chosen)
     if chosen.resume and chosen.overwrite:
         parser.error("--resume goes on, --overwrite starts anew: choose one")
+
+    from safe_lab import config as configuration
+    from safe_lab.section import ConfigError
+
     try:
         config = configuration.load(chosen.config, chosen.overrides)
     except ConfigError as error:
-        return _refuse(str(error))
+        return _refuse(error)
     if chosen.print_config:
         print(configuration.dump(config), end="")
         return 0
     return _run(config, resume=chosen.resume, overwrite=chosen.overwrite, quiet=chosen.quiet)
 
 
-def _run(config: configuration.Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
+def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
+    from safe_lab import run_folder
+    from safe_lab.section import ConfigError
+
     try:
         run_folder.check(config, resume=resume, overwrite=overwrite)
     except run_folder.AlreadyFinishedError as finished:
         print(finished, file=sys.stderr)
         return 0 if resume else BAD_INPUT
     except ConfigError as error:
-        return _refuse(str(error))
-    # Before torch and the libraries are imported: they read these once.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from safe_lab.console import Console as RunConsole
-    from safe_lab.console import log_to
+        return _refuse(error)
+    _quiet_libraries()
+    from safe_lab.console import Console, log_to
     from safe_lab.run import run
 
-    console = RunConsole(quiet=quiet)
+    console = Console(quiet=quiet)
     log_to(console)
-    logging.captureWarnings(True)
     try:
         run(config, resume=resume, overwrite=overwrite, console=console)
     except ConfigError as error:
-        return _refuse(str(error))
+        return _refuse(error)
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
@@ -123,18 +127,167 @@ def _run(config: configuration.Config, *, resume: bool, overwrite: bool, quiet: 
     return 0
 
 
+def plan(arguments: Sequence[str]) -> int:
+    """``safe-lab plan``: what a run would cost at every frozen depth, and what fits a memory budget."""
+    parser = argparse.ArgumentParser(
+        prog="safe-lab plan",
+        description="Predict peak memory by kind, FLOPs a step, trainable weights, optimizer and checkpoint size of a run at "
+        "every frozen depth. Needs the configuration alone: no data, no weights, no GPU, no hub. model.path names a local "
+        "folder with a config.json, or a known shape, as shape://roberta-large does.",
+    )
+    _add_config(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, to standard output")
+    parser.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="also say which micro-batch, dtype, gradient checkpointing and frozen depth fit, say, 24GiB",
+    )
+    chosen = parser.parse_intermixed_args(arguments)
+    _check_config_given(parser, chosen)
+
+    from rich.console import Console
+
+    from safe_lab import config as configuration
+    from safe_lab.byte_size import parse_bytes
+    from safe_lab.section import ConfigError
+
+    try:
+        config = configuration.load(chosen.config, chosen.overrides)
+        budget_bytes = None if chosen.fit is None else parse_bytes(chosen.fit)
+    except ConfigError as error:
+        return _refuse(error)
+    except ValueError as error:
+        return _refuse(f"--fit: {error}")
+    _quiet_libraries()
+    from safe_lab import plan as planning
+    from safe_lab.plan import show
+
+    errors = Console(stderr=True)
+    try:
+        with errors.status("measuring steps on fake tensors"):
+            planned = planning.plan(config)
+            fit = None if budget_bytes is None else planning.find_fit(config, budget_bytes)
+    except ValueError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if chosen.json:
+        print(show.to_json(planned, fit))
+    else:
+        show.print_tables(planned, fit, _wide_console())
+    return 0
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """``safe-lab bench``: transformers.Trainer and safe_lab side by side, measured in turn."""
+    parser = argparse.ArgumentParser(
+        prog="safe-lab bench",
+        description="Train the variants of a bench file in fresh processes that take turns (A B C A B C ...), and compare "
+        "metric, seconds, memory and FLOPs with the baseline's. A dotted key overrides a field of the base: data.path=sst2",
+    )
+    _add_config(parser)
+    parser.add_argument("--repetitions", type=int, metavar="N", help="trainings of each variant, instead of the file's")
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, to standard output")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder of the results; <output_dir>/bench-<name>/<time> by itself"
+    )
+    chosen = parser.parse_intermixed_args(arguments)
+    _check_config_given(parser, chosen)
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from safe_lab import bench as benches
+    from safe_lab.section import ConfigError
+
+    try:
+        settings = benches.load(chosen.config, chosen.overrides, repetitions=chosen.repetitions)
+        folder = benches.claim_folder(settings, chosen.output)
+    except ConfigError as error:
+        return _refuse(error)
+    errors = Console(stderr=True)
+    with errors.status("starting") as status:
+
+        def show(line: str, ended: bool) -> None:
+            if ended:
+                errors.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                status.update(escape(line[: errors.width - 4]))
+
+        comparison = benches.run(settings, folder, command=["safe-lab", "bench", *arguments], show=show)
+    if chosen.json:
+        print(benches.to_json(comparison))
+    else:
+        benches.print_tables(comparison, _wide_console())
+    errors.print(f"files: {folder}", markup=False, highlight=False, soft_wrap=True)
+    if comparison.failures:
+        return 1
+    return 0 if comparison.complete else INTERRUPTED
+
+
 def print_fields() -> None:
     """Every field of a run's YAML: key, type, default, meaning."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from safe_lab import config as configuration
+
     table = Table(title="fields of the YAML file", title_justify="left", show_lines=False, expand=False)
     for heading, wrap in (("key", False), ("type", True), ("default", True), ("meaning", True)):
         table.add_column(heading, no_wrap=not wrap)
     for field in configuration.fields():
         table.add_row(*map(Text, field))
-    width = None if sys.stdout.isatty() else 160
-    Console(width=width).print(table)
+    _wide_console().print(table)
 
 
-def _refuse(message: str) -> int:
-    for line in message.splitlines():
+@dataclass(frozen=True)
+class Command:
+    """One row of :data:`COMMANDS`.
+
+    Attributes:
+        summary: One line for ``safe-lab --help``.
+        run: Takes the words after the command's name, returns the exit code.
+    """
+
+    summary: str
+    run: Callable[[Sequence[str]], int]
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "train": Command("tune a model as a YAML file says (train --help lists every field)", train),
+        "plan": Command("predict memory, FLOPs and sizes of a run at every frozen depth, without weights", plan),
+        "bench": Command("measure transformers.Trainer and safe_lab side by side", bench),
+    }
+)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted key and value, in YAML")
+
+
+def _check_config_given(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
+    if chosen.config is None or "=" in chosen.config:
+        parser.error("a YAML file is needed first, such as experiments/quickstart.yaml")
+
+
+def _quiet_libraries() -> None:
+    # Before torch and the libraries are imported: they read these once.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.captureWarnings(True)
+
+
+def _wide_console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _refuse(error: object) -> int:
+    for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return BAD_INPUT

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from safe_lab import yaml_core
@@ -19,6 +19,7 @@ from safe_lab.data.tasks import TASKS
 from safe_lab.importance import METRICS
 from safe_lab.policy import POLICIES
 from safe_lab.schedule import CURVES
+from safe_lab.section import ConfigError, Section, check, override, read_tree
 from safe_lab.suggest import did_you_mean
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
@@ -42,23 +43,13 @@ def _metric_options() -> str:
     )
 
 
-class ConfigError(ValueError):
-    """A configuration the user can mend; the message has one line for each fault."""
-
-
-class Section(BaseModel):
-    """A frozen group of settings that knows no key but its own."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=False, protected_namespaces=(), coerce_numbers_to_str=False
-    )
-
-
 class ModelSection(Section):
     """The pre-trained model."""
 
     path: str = Field(
-        min_length=1, description="hub id, local folder, or package://name/path inside an installed package"
+        min_length=1,
+        description="hub id, local folder, package://name/path inside an installed package, or shape://name: a named "
+        "architecture with random weights",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the weights")
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
@@ -308,13 +299,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: With one line for every fault found.
     """
-    tree = _parse(_read(Path(path)), where=str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a mapping of sections is needed, got {type(tree).__name__}")
+    tree = read_tree(path)
     faults = []
-    for override in overrides:
+    for assignment in overrides:
         try:
-            _override(tree, override)
+            override(tree, assignment)
         except ConfigError as fault:
             faults.append(str(fault))
     try:
@@ -332,17 +321,7 @@ def build(tree: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: With one line for every fault found.
     """
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as invalid:
-        faults: dict[str, list[str]] = {}
-        for error in invalid.errors(include_url=False):
-            key, rule = _explain(error)
-            faults.setdefault(key, []).append(rule)
-        # A union reports each of its arms: one line a key, arms joined by "or".
-        raise ConfigError(
-            "\n".join(f"{key}: {', or '.join(rules)}" if key else rules[0] for key, rules in faults.items())
-        ) from None
+    return check(Config, tree)
 
 
 def dump(config: Config) -> str:
@@ -408,68 +387,12 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
         yield key, _type_name(section.__annotations__[name]), default, field.description or ""
 
 
-# What pydantic adds to an error's place to say which arm of a union it is about.
-_UNION_ARM = re.compile(r"[\[(]|^(constrained-\w+|int|str|literal|none|dict|tuple|bool|float)$")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        beside = [str(other) for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file{did_you_mean(str(path), beside)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml_core.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{override}: an override reads dotted.key=value")
-    *parents, last = key.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {parent} holds a value, not a section")
-    tree[last] = _parse(value, where=key)
-
-
 def _known(what: str, name: str, known: Mapping[str, Any]) -> str:
     if name not in known:
         raise PydanticCustomError(
             "unknown", f"{name!r} is no {what}{did_you_mean(name, known)}; there are {', '.join(known) or 'none'}"
         )
     return name
-
-
-def _explain(error: Any) -> tuple[str, str]:
-    """The dotted key, and in one line: the rule, the value got, the near name if the key is unknown."""
-    place = [str(part) for part in error["loc"] if not (isinstance(part, str) and _UNION_ARM.search(part))]
-    key = ".".join(place)
-    if error["type"] == "extra_forbidden":
-        return key, f"unknown key{did_you_mean(place[-1], _keys_beside(place))}"
-    if error["type"] == "missing":
-        return key, "missing, and there is no default"
-    if error["type"] in ("unknown", "option", "final", "folder"):
-        return key, error["msg"]
-    message = error["msg"].replace("valid dictionary or instance of", "mapping, the keys of")
-    return key, f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
-
-
-def _keys_beside(place: Sequence[str]) -> list[str]:
-    section: Any = Config
-    for part in place[:-1]:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
 
 
 def _plain(value: Any) -> str:

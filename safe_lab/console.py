@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from safe_lab import tracking
+from safe_lab.byte_size import format_bytes
 from safe_lab.freezing import Freezer, Scoring
 from safe_lab.units import Unit
 
@@ -137,12 +138,37 @@ class Console:
         self._finish(result, folder)
 
     def _finish(self, result: Mapping[str, Any], folder: Path) -> None:
-        seconds = result["seconds"]
-        self.say(
-            f"{sum(seconds.values()):.1f} s: "
-            + ", ".join(f"{activity} {value:.1f} s" for activity, value in seconds.items())
-        )
+        self._show_resources(result["resources"])
         self.say(f"files: {folder}  (adapter for PEFT: {folder / 'adapter'})")
+
+    def _show_resources(self, resources: Mapping[str, Any]) -> None:
+        memory = Table("live memory", "at the peak", "mean over the run", title="resources", title_justify="left")
+        for kind, peak in resources["memory_peak_by_kind"].items():
+            mean = resources["memory_mean_by_kind"][kind]
+            if peak or mean:
+                memory.add_row(kind, format_bytes(peak), format_bytes(mean))
+        memory.add_section()
+        memory.add_row(
+            f"all (peak in {resources['memory_peak_in']})",
+            format_bytes(resources["memory_peak_bytes"]),
+            format_bytes(resources["memory_mean_bytes"]),
+        )
+        self.rich.print(memory)
+        costs = Table("activity", "TFLOP", "seconds", "of the time")
+        flops, seconds, wall = resources["flops_by_phase"], resources["seconds"], resources["wall_seconds"]
+        for activity, spent in seconds.items():
+            if spent or flops.get(activity):
+                costs.add_row(activity, _tera(flops.get(activity)), f"{spent:.2f}", f"{spent / wall:.1%}")
+        costs.add_section()
+        costs.add_row("all", _tera(resources["flops"]), f"{wall:.2f}", "")
+        self.rich.print(costs)
+        joules = resources["joules"]
+        energy = "no energy meter" if joules is None else f"{joules:.0f} J"
+        traced, scaled = resources["traced_micro_steps"], resources["scaled_micro_steps"]
+        self.say(
+            f"{resources['tokens_per_second']:.0f} tokens/s; {energy}; bytes and FLOPs traced on {traced} of "
+            f"{traced + scaled} micro-steps, scaled on the others"
+        )
 
 
 def log_to(console: Console) -> None:
@@ -150,6 +176,10 @@ def log_to(console: Console) -> None:
     logger = logging.getLogger("safe_lab")
     logger.handlers = [RichHandler(console=console.rich, show_time=False, show_path=False, markup=False)]
     logger.propagate = False
+
+
+def _tera(flops: int | None) -> str:
+    return "-" if not flops else f"{flops / 1e12:.4g}"
 
 
 def _number(value: Any) -> str:

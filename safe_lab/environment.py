@@ -24,6 +24,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "platform": platform.platform(),
+        "processor": _processor(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -35,6 +36,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # run from a source tree that was not installed
         return None
+
+
+def _processor() -> str | None:
+    description = Path("/proc/cpuinfo")
+    lines = description.read_text().splitlines() if description.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _commit() -> str | None:

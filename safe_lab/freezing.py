@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from safe_lab.importance import METRICS
 from safe_lab.importance.probe import Batch, LossFunction, Probe, undisturbed
@@ -93,6 +93,7 @@ class Scoring:
         frozen_depth: Length of the frozen run from the input, in units.
         warmup_end: t_w, once it is known.
         seconds: Wall time of scoring and freezing.
+        freeze_seconds: Wall time of the freezing alone.
     """
 
     t: int
@@ -106,6 +107,7 @@ class Scoring:
     frozen_depth: int
     warmup_end: int | None
     seconds: float
+    freeze_seconds: float = 0.0
 
     @property
     def frozen_share(self) -> float:
@@ -196,6 +198,12 @@ class Freezer:
         return frozen_depth(self._frozen, len(self.units))
 
     @property
+    def kept(self) -> list[Tensor]:
+        """Tensors it keeps beside the model: each unit as it was at the start, and what the metric remembers."""
+        starts = [tensor for start in self._start.values() for tensor in start.parameters.values()]
+        return [*starts, *(value for value in self._memory.values() if isinstance(value, Tensor))]
+
+    @property
     def level(self) -> float | None:
         """tau_t at the last scoring, or the share of units that the schedule gave; None for a policy without either."""
         if self._policy.level == "none":
@@ -234,7 +242,9 @@ class Freezer:
             State(normalized or [], self.level or 0.0, self._frozen, len(self.units), warm, self._seed)
         )
         self._warn_of_odd_threshold(normalized, froze)
+        freeze_began = time.perf_counter()
         self._freeze(froze)
+        freeze_seconds = time.perf_counter() - freeze_began
         with undisturbed(self.model):
             update_norms = METRICS["update_norm"].score(self._probe(self.units, self._start))
         return Scoring(
@@ -249,6 +259,7 @@ class Freezer:
             frozen_depth=self.frozen_depth,
             warmup_end=self._warmup_end,
             seconds=time.perf_counter() - began,
+            freeze_seconds=freeze_seconds,
         )
 
     def explain_idle(self) -> str | None:

@@ -1,7 +1,8 @@
-"""The pre-trained model and its tokenizer: from the hub, a folder, or an installed package."""
+"""The pre-trained model and its tokenizer: from the hub, a folder, an installed package, or a named shape."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from pathlib import Path
@@ -13,13 +14,18 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from safe_lab.shapes import SHAPES, build_tokenizer, find_shape
+from safe_lab.suggest import did_you_mean
+
 log = logging.getLogger(__name__)
 
 PACKAGE_SCHEME = "package://"
+SHAPE_SCHEME = "shape://"
 
 
 def resolve(path: str) -> str:
@@ -47,18 +53,40 @@ def resolve(path: str) -> str:
     return str(folder) if folder.is_dir() else path
 
 
+def named_shape(path: str) -> str | None:
+    """The key in ``SHAPES`` that a path of the form ``shape://NAME`` names; None for any other path.
+
+    Raises:
+        ValueError: There is no shape of that name.
+    """
+    if not path.startswith(SHAPE_SCHEME):
+        return None
+    name = path.removeprefix(SHAPE_SCHEME)
+    shape = find_shape(name)
+    if shape is None:
+        raise ValueError(f"model.path: no shape {name!r}{did_you_mean(name, SHAPES)}; there are {', '.join(SHAPES)}")
+    return shape
+
+
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token (the end-of-text token where the model has none, as decoders do).
 
+    Args:
+        path: Where from: ``shape://NAME``, or see :func:`resolve`.
+        trust_remote_code: Run Python code that comes with the tokenizer.
+
     Raises:
-        ValueError: There is none to load.
+        ValueError: There is none to load, or no such shape.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve(path), trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path: no tokenizer at {path}: {_first_line(error)}") from None
+    shape = named_shape(path)
+    tokenizer: PreTrainedTokenizerBase
+    if shape is not None:
+        tokenizer = build_tokenizer(shape)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(resolve(path), trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.path: no tokenizer at {path}: {_first_line(error)}") from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -66,6 +94,119 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(
+    path: str,
+    *,
+    num_labels: int,
+    regression: bool,
+    pad_token_id: int | None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    download: bool = False,
+) -> PreTrainedConfig:
+    """The architecture at ``path``, as a classifier: what a model is built from, with or without weights.
+
+    A folder needs a ``config.json`` and nothing else. A hub id needs one on this machine (where the hub's files are cached),
+    unless it is the id of a named shape, as ``FacebookAI/roberta-large`` is.
+
+    Args:
+        path: Where from: ``shape://NAME``, or see :func:`resolve`.
+        num_labels: Size of the head (1 for regression).
+        regression: Whether the loss is the mean squared error.
+        pad_token_id: Token by which decoders find the end of a text; None: the configuration's own.
+        attention: Name of an attention implementation; None: the library's choice.
+        trust_remote_code: Run Python code that comes with the model.
+        download: Fetch the ``config.json`` of a hub id from the hub. No shape then stands in for a model.
+
+    Raises:
+        ValueError: No configuration there, or no such shape.
+    """
+    shape = named_shape(path)
+    task: dict[str, Any] = {
+        "num_labels": num_labels,
+        "problem_type": "regression" if regression else "single_label_classification",
+        "attn_implementation": attention,
+    }
+    config: PreTrainedConfig
+    if shape is None:
+        source = resolve(path)
+        try:
+            config = AutoConfig.from_pretrained(
+                source, **task, trust_remote_code=trust_remote_code, local_files_only=not download
+            )
+        except Exception as error:  # noqa: BLE001 - of a damaged file transformers raises whatever its parsers do
+            shape = None if download or Path(source).is_dir() else find_shape(path)
+            if shape is None:
+                raise ValueError(f"model.path: {_why_no_config(path, source, download, error)}") from None
+            log.warning("the config.json of %s is not on this machine: the shape %s stands in for it", path, shape)
+    if shape is not None:
+        # A copy, because the configuration keeps the lists and dicts that it is given, and callers may change them.
+        config = AutoConfig.for_model(**copy.deepcopy(SHAPES[shape]), **task)
+    if pad_token_id is not None:
+        config.pad_token_id = pad_token_id
+    # Decoders would keep keys and values of every layer for a next token that never comes, frozen layers' too.
+    config.use_cache = False
+    return config
+
+
+def _why_no_config(path: str, source: str, download: bool, error: Exception) -> str:
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            return f"the folder {path} has no config.json"
+    elif not download:
+        near = did_you_mean(path.rpartition("/")[2].lower(), SHAPES)
+        return f"the config.json of {path} is not on this machine, and no shape has its name{near}; there are {', '.join(SHAPES)}"
+    return f"no model configuration at {path}: {_first_line(error)}"
+
+
+def build_skeleton(
+    path: str,
+    *,
+    num_labels: int,
+    regression: bool,
+    pad_token_id: int | None,
+    dtype: str = "float32",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "meta",
+) -> tuple[PreTrainedModel, list[str]]:
+    """What :func:`load_model` gives, with parameters and buffers on the ``meta`` device: no weights, no memory, no hub.
+
+    One thing cannot be known without weights: whether they have the body's pooler. It counts as there, so it is no head.
+
+    Args:
+        path: Where from; see :func:`load_config`.
+        num_labels: Size of the head (1 for regression).
+        regression: Whether the loss is the mean squared error.
+        pad_token_id: Token by which decoders find the end of a text; None: the configuration's own, or else 0.
+        dtype: Name of a torch dtype, of all weights.
+        attention: Name of an attention implementation; None: the library's choice.
+        trust_remote_code: Run Python code that comes with the model.
+        device: ``meta``, or where to build it with random weights.
+
+    Raises:
+        ValueError: No configuration there, or of a model that cannot be built there or has no classification head.
+    """
+    config = load_config(
+        path,
+        num_labels=num_labels,
+        regression=regression,
+        pad_token_id=pad_token_id,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+    )
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0
+    try:
+        with torch.device(device):
+            model: Any = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a model's own code raises whatever it does
+        raise ValueError(f"model.path: no model to classify with at {path}: {_first_line(error)}") from error
+    return model.eval(), head_modules(model)
 
 
 def load_model(
@@ -80,11 +221,15 @@ def load_model(
 ) -> tuple[PreTrainedModel, list[str]]:
     """A pre-trained model with a fresh sequence-classification head, and the names of the modules that make the head.
 
+    Of a shape, the whole model is fresh: made in ``dtype`` and on torch's default device from the start, so that a large one
+    never lies in float32 or, ``with torch.device("cuda")``, in the memory of the host. A CPU core makes some 100 M weights a
+    second.
+
     Args:
-        path: Where from; see :func:`resolve`.
+        path: Where from: ``shape://NAME``, or see :func:`resolve`.
         num_labels: Size of the head (1 for regression).
         regression: Whether the loss is the mean squared error.
-        pad_token_id: Token by which decoders find the end of a text.
+        pad_token_id: Token by which decoders find the end of a text; None: the configuration's own.
         dtype: Name of a torch dtype, of all weights.
         attention: Name of an attention implementation; None: the library's choice.
         trust_remote_code: Run Python code that comes with the model.
@@ -92,21 +237,34 @@ def load_model(
     Raises:
         ValueError: No configuration or no weights there, or a model type without a classification head.
     """
-    source = resolve(path)
-    try:
-        config = AutoConfig.from_pretrained(
-            source,
+    if named_shape(path) is not None:
+        model, heads = build_skeleton(
+            path,
             num_labels=num_labels,
-            problem_type="regression" if regression else "single_label_classification",
-            trust_remote_code=trust_remote_code,
+            regression=regression,
+            pad_token_id=pad_token_id,
+            dtype=dtype,
+            attention=attention,
         )
+        # Not straight from the configuration: torch would draw every weight first, and transformers draw it again.
+        model.to_empty(device=torch.get_default_device())
+        model.init_weights()  # type: ignore[no-untyped-call]
+        return model, heads
+    config = load_config(
+        path,
+        num_labels=num_labels,
+        regression=regression,
         # The tokenizer's, whatever the config says: decoders find the end of a text by it.
-        config.pad_token_id = pad_token_id
+        pad_token_id=pad_token_id,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        download=True,
+    )
+    try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            source,
+            resolve(path),
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             # A checkpoint may come with a head of another size; a body of another size is caught below.
@@ -157,6 +315,17 @@ def num_positions(model: PreTrainedModel) -> int | None:
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     offset = getattr(embeddings, "padding_idx", None)
     return positions - (0 if offset is None else offset + 1) if positions else None
+
+
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Make sure that the model takes texts of ``max_length`` tokens.
+
+    Raises:
+        ValueError: It does not.
+    """
+    positions = num_positions(model)
+    if positions and max_length > positions:
+        raise ValueError(f"data.max_length is {max_length}, and the model takes {positions} tokens")
 
 
 def loss_function(model: nn.Module, batch: Any) -> Tensor:

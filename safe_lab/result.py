@@ -23,6 +23,7 @@ class Result:
     epochs: int
     tokens: int
     seconds: dict[str, float]
+    resources: dict[str, Any]
     parameters: dict[str, int]
     truncated: dict[str, int]
     frozen_share: float

@@ -22,18 +22,21 @@ from torch.utils.data import DataLoader, Subset
 from safe_lab import checkpoint
 from safe_lab import config as configuration
 from safe_lab.adapters import attach, build_peft_config, find_units, save_adapter
-from safe_lab.config import Config, ConfigError, FreezingSection, TrainingSection
+from safe_lab.config import Config, FreezingSection, TrainingSection
 from safe_lab.config import warnings as config_warnings
 from safe_lab.console import Console
 from safe_lab.data import Collator, Data, EpochBatchSampler, load_data
 from safe_lab.environment import describe_environment
 from safe_lab.freezing import Freezer, FreezingRule
 from safe_lab.importance.probe import Batch
-from safe_lab.model import checkpoint_gradients, load_model, load_tokenizer, loss_function, num_positions
+from safe_lab.model import check_length, checkpoint_gradients, load_model, load_tokenizer, loss_function
+from safe_lab.optimizer import build_optimizer
 from safe_lab.policy import POLICIES
+from safe_lab.resources import TRAINING, Clock, EnergyMeter, Meter
 from safe_lab.result import Result, summarize_freezing
 from safe_lab.run_folder import RunFolder, claim, to_json
-from safe_lab.tracking import Tracking, start_trackers
+from safe_lab.section import ConfigError
+from safe_lab.tracking import RESOURCES, Tracking, start_trackers
 from safe_lab.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -109,19 +112,21 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
         console.stop()
     if config.training.select == "best":
         parts.trainer.restore_best()
-    export(
-        parts.accelerator.unwrap_model(parts.model),
-        folder,
-        parts.tokenizer,
-        config.model.path,
-        parts.data.labels,
-        parts.initial,
-    )
+    with parts.meter.clock.on("checkpoint"):
+        export(
+            parts.accelerator.unwrap_model(parts.model),
+            folder,
+            parts.tokenizer,
+            config.model.path,
+            parts.data.labels,
+            parts.initial,
+        )
     result = _conclude(config, parts)
     summary = asdict(result)
     folder.write("result.json", json.dumps(json.loads(to_json(summary)), indent=1, ensure_ascii=False))
     shown = ("metrics", "seconds", "parameters", "frozen_share", "frozen_depth", "steps")
-    parts.tracking.summarize({key: summary[key] for key in shown})
+    resources = {RESOURCES.format(name=name): value for name, value in result.resources.items()}
+    parts.tracking.summarize({key: summary[key] for key in shown} | resources)
     idle = parts.freezer.explain_idle()
     if idle:
         log.warning(idle)
@@ -139,6 +144,7 @@ class Parts:
     model: nn.Module
     initial: Mapping[str, Tensor] | None
     freezer: Freezer
+    meter: Meter
     tracking: Tracking
     trainer: Trainer
 
@@ -157,6 +163,7 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         raise ValueError(
             "several processes are not supported yet: start one, without accelerate launch --multi_gpu or torchrun"
         )
+    clock, energy = Clock(accelerator.device), EnergyMeter(accelerator.device)
     set_seed(config.seed)
 
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
@@ -168,7 +175,7 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         regression=regression,
         pad_token_id=tokenizer.pad_token_id,
     )
-    _check_length(base, config.data.max_length)
+    check_length(base, config.data.max_length)
     attached = attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads))
 
     if config.model.gradient_checkpointing:
@@ -199,16 +206,19 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
     units = find_units(
         model, lambda: model(**{key: value[:1] for key, value in probe[0].items()}), config.freezing.unit
     )
-    freezer = Freezer(
-        model,
-        units,
-        optimizer,
-        probe,
-        loss_function,
-        build_rule(config.freezing),
-        seed=config.seed,
-        reference_is_current=attached.initial is not None,
-    )
+    meter = Meter(clock, energy, model, optimizer)
+    with meter.activity("scoring"):
+        freezer = Freezer(
+            model,
+            units,
+            optimizer,
+            probe,
+            loss_function,
+            build_rule(config.freezing),
+            seed=config.seed,
+            reference_is_current=attached.initial is not None,
+        )
+    meter.keep(lambda: freezer.kept)
     trackers = start_trackers(
         **config.tracking.model_dump(),
         name=f"{config.name}/{config.variant}/seed-{config.seed}",
@@ -231,12 +241,13 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         interval=config.freezing.interval,
         settings=config.training,
         num_steps=num_steps,
+        meter=meter,
         folder=folder,
         tracker=tracking,
         console=console,
         base_fingerprint=attached.base_fingerprint,
     )
-    return Parts(accelerator, tokenizer, data, model, attached.initial, freezer, tracking, trainer)
+    return Parts(accelerator, tokenizer, data, model, attached.initial, freezer, meter, tracking, trainer)
 
 
 def _conclude(config: Config, parts: Parts) -> Result:
@@ -244,6 +255,9 @@ def _conclude(config: Config, parts: Parts) -> Result:
     best = config.training.select == "best"
     adapters, timeline = summarize_freezing(parts.trainer.folder.rows("importance.jsonl"))
     trainable = parts.trainer.num_trained
+    resources = parts.meter.summary()
+    seconds = resources["seconds"]
+    training_seconds = sum(seconds[activity] for activity in TRAINING)
     return Result(
         name=config.name,
         variant=config.variant,
@@ -256,7 +270,13 @@ def _conclude(config: Config, parts: Parts) -> Result:
         steps=progress.step,
         epochs=progress.epoch,
         tokens=progress.tokens,
-        seconds=progress.seconds,
+        seconds={
+            "training": training_seconds,
+            "evaluation": seconds["evaluation"],
+            "scoring": seconds["scoring"] + seconds["freezing"],
+            "checkpoint": seconds["checkpoint"],
+        },
+        resources={"tokens_per_second": progress.tokens / training_seconds, **resources},
         parameters={
             "total": sum(parameter.numel() for parameter in parts.model.parameters()),
             "adapters": sum(unit.num_parameters for unit in freezer.units),
@@ -287,6 +307,7 @@ def build_train_loader(
         batch_sampler=sampler,
         collate_fn=collator,
         num_workers=settings.num_workers,
+        pin_memory=torch.cuda.is_available(),
         # Making an iterator draws a seed: from the global stream, were there no generator, and resume would not be exact.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -331,21 +352,6 @@ def build_probe(
     ]
 
 
-def build_optimizer(model: nn.Module, settings: TrainingSection) -> torch.optim.AdamW:
-    """AdamW over what trains; vectors (biases, norms, magnitudes) are not decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-    )
-
-
 def count_steps(batches_per_epoch: int, settings: TrainingSection) -> int:
     """Optimizer steps in all: an epoch's last step may accumulate fewer micro-batches."""
     steps = math.ceil(batches_per_epoch / settings.gradient_accumulation) * settings.epochs
@@ -370,12 +376,6 @@ def export(
     checkpoint.sync(unfinished)
     shutil.rmtree(folder.adapter, ignore_errors=True)
     unfinished.rename(folder.adapter)
-
-
-def _check_length(model: Any, max_length: int) -> None:
-    positions = num_positions(model)
-    if positions and max_length > positions:
-        raise ValueError(f"data.max_length is {max_length}, and the model takes {positions} tokens")
 
 
 def _announce(console: Console, config: Config, parts: Parts) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from safe_lab import config as configuration
-from safe_lab.config import Config, ConfigError
+from safe_lab.config import Config
+from safe_lab.section import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +21,7 @@ from safe_lab.data import EpochBatchSampler, Task
 from safe_lab.evaluation import evaluate, metric_key
 from safe_lab.freezing import Freezer
 from safe_lab.importance.probe import Batch, LossFunction
+from safe_lab.resources import TRAINING, Meter, host_memory_peak_bytes
 from safe_lab.rng import get_rng_state, set_rng_state
 from safe_lab.run_folder import RunFolder, RunFolderError
 from safe_lab.tracking import Tracking
@@ -41,7 +40,6 @@ class Progress:
         micro_step: Micro-batches done in the running epoch.
         step: Optimizer steps done.
         tokens: Tokens trained on, padding left out.
-        seconds: Wall seconds by activity.
         metrics: The last evaluation.
         evaluated_at: Step of the last evaluation.
         best: The evaluation with the best main metric, and its step.
@@ -53,9 +51,6 @@ class Progress:
     micro_step: int = 0
     step: int = 0
     tokens: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("training", "evaluation", "scoring", "checkpoint"), 0.0)
-    )
     metrics: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
     best: dict[str, float] = field(default_factory=dict)
@@ -83,6 +78,7 @@ class Trainer:
         interval: Literal["epoch"] | int,
         settings: TrainingSection,
         num_steps: int,
+        meter: Meter,
         folder: RunFolder,
         tracker: Tracking,
         console: Console,
@@ -104,6 +100,7 @@ class Trainer:
             interval: When it does: each epoch, or every N steps.
             settings: The ``training`` section.
             num_steps: Optimizer steps in all.
+            meter: What the run costs.
             folder: The run folder.
             tracker: Where figures go.
             console: What the person sees.
@@ -123,6 +120,8 @@ class Trainer:
         self._interval = interval
         self._settings = settings
         self.num_steps = num_steps
+        self._meter = meter
+        self._clock = meter.clock
         self.folder = folder
         self._tracker = tracker
         self._console = console
@@ -134,8 +133,9 @@ class Trainer:
         self._unread: list[tuple[int, Tensor, Tensor]] = []
         self._learning_rate = 0.0
         self._gradient_norm: Tensor | float | None = None
-        self._clock = time.perf_counter()
+        self._begins_step = True
         self._logged_at = (0.0, 0)
+        meter.keep(self._best.values)
 
     def fit(self) -> None:
         """Train to the end, from wherever :attr:`progress` stands.
@@ -143,19 +143,23 @@ class Trainer:
         Raises:
             FloatingPointError: A loss or a score is not finite; the last checkpoint stays.
         """
+        self._meter.begin()
         while not self._ended:
             # On the loader, not the sampler: Accelerate's counts epochs itself, and would set the sampler back (1.15).
             self._batches.set_epoch(self.progress.epoch)
             self._sampler.start = self.progress.micro_step
             self._model.train()
-            for batch in self._batches:
-                with self._accelerator.accumulate(self._model):
-                    loss = self._loss_function(self._model, batch)
+            for batch in self._clock.each("data", self._batches):
+                with self._accelerator.accumulate(self._model), self._metered(batch):
+                    with self._clock.on("forward"):
+                        loss = self._loss_function(self._model, batch)
                     self._record(loss, batch)
-                    self._accelerator.backward(loss)
-                    self._clip()
-                    self._optimizer.step()
-                    self._optimizer.zero_grad()
+                    with self._clock.on("backward"):
+                        self._accelerator.backward(loss)
+                    with self._clock.on("optimizer"):
+                        self._clip()
+                        self._optimizer.step()
+                        self._optimizer.zero_grad()
                 if not self._advance():
                     continue
                 if self._due(self._settings.log_every) or self._ended:
@@ -174,27 +178,28 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Measure the model on every validation split, and keep it if it is the best so far."""
-        with self._clocked("evaluation"):
+        with self._meter.activity("evaluation"):
             self._check_weights()
             metrics = evaluate(self._accelerator, self._model, self._validation, self._task)
         self.progress.metrics, self.progress.evaluated_at = metrics, self.progress.step
         if not self.progress.best or metrics[self.main_metric] > self.progress.best[self.main_metric]:
             self.progress.best, self.progress.best_step, self.progress.without_gain = metrics, self.progress.step, 0
             if self._settings.select == "best":
-                self._best = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+                self._best.update((name, parameter.detach().clone()) for name, parameter in self._trained.items())
         else:
             self.progress.without_gain += 1
         patience = self._settings.early_stopping
         self.progress.stopped = patience is not None and self.progress.without_gain >= patience
-        self._tracker.log({tracking.STEP: self.progress.step, tracking.EPOCH: self._epoch, **self.progress.metrics})
-        self._console.evaluated(self._epoch, self.progress.metrics)
+        with self._clock.on("tracking"):
+            self._tracker.log({tracking.STEP: self.progress.step, tracking.EPOCH: self._epoch, **self.progress.metrics})
+            self._console.evaluated(self._epoch, self.progress.metrics)
         return self.progress.metrics
 
     def save(self) -> None:
         """Write a checkpoint, whole or not at all, and drop the oldest."""
         if self._settings.save_every == "never":
             return
-        with self._clocked("checkpoint"):
+        with self._clock.on("checkpoint"):
             self._read_losses()
             self._check_weights()
             folders = self.folder.checkpoints
@@ -311,8 +316,8 @@ class Trainer:
         self._read_losses()
         loss = sum(self._losses) / len(self._losses)
         self._losses.clear()
-        self._tick("training")
-        seconds, tokens = self.progress.seconds["training"], self.progress.tokens
+        resources = self._meter.recent()
+        seconds, tokens = self._training_seconds, self.progress.tokens
         seconds_before, tokens_before = self._logged_at
         self._logged_at = seconds, tokens
         row = {
@@ -327,37 +332,41 @@ class Trainer:
             tracking.TRAINABLE: sum(
                 parameter.numel() for parameter in self._trained.values() if parameter.requires_grad
             ),
-            tracking.WALL_SECONDS: sum(self.progress.seconds.values()),
+            tracking.WALL_SECONDS: sum(self._clock.read().values()),
             tracking.TOKENS_PER_SECOND: (tokens - tokens_before) / (seconds - seconds_before),
-            tracking.HOST_MEMORY: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            tracking.HOST_MEMORY: host_memory_peak_bytes(),
             tracking.DEVICE_MEMORY: torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            **{tracking.RESOURCES.format(name=name): value for name, value in resources.items()},
         }
-        self._tracker.log(row)
-        self._console.logged(row)
+        with self._clock.on("tracking"):
+            self._tracker.log(row)
+            self._console.logged(row)
 
     def _score(self) -> None:
-        with self._clocked("scoring"):
-            self._read_losses()
+        self._read_losses()
+        with self._meter.activity("scoring"):
             scoring = self._freezer.step(self.progress.step)
-        self._tracker.log_scoring(scoring, self._epoch)
-        self._console.scored(scoring, self._freezer.units, self._epoch)
+        self._clock.move("scoring", "freezing", scoring.freeze_seconds)
+        if scoring.froze:
+            self._meter.changed()
+        with self._clock.on("tracking"):
+            self._tracker.log_scoring(scoring, self._epoch)
+            self._console.scored(scoring, self._freezer.units, self._epoch)
 
-    @contextmanager
-    def _clocked(self, activity: str) -> Iterator[None]:
-        """Book the wall time of a block under ``activity``; all other time is training."""
-        self._tick("training")
-        yield
-        self._tick(activity)
+    def _metered(self, batch: Batch) -> AbstractContextManager[None]:
+        first, self._begins_step = self._begins_step, self._accelerator.sync_gradients
+        return self._meter.micro_step(batch, first=first, last=self._accelerator.sync_gradients)
 
-    def _tick(self, activity: str) -> None:
-        now = time.perf_counter()
-        self.progress.seconds[activity] += now - self._clock
-        self._clock = now
+    @property
+    def _training_seconds(self) -> float:
+        seconds = self._clock.read()
+        return sum(seconds[activity] for activity in TRAINING)
 
     def _state_dict(self) -> dict[str, Any]:
         scaler = self._accelerator.scaler
         return {
             "progress": asdict(self.progress),
+            "meter": self._meter.state_dict(),
             "freezer": self._freezer.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
@@ -374,15 +383,16 @@ class Trainer:
                 f"{folder}: was made on other base weights than model.path gives now; --overwrite starts anew"
             )
         self._load_weights({key.removeprefix("last."): t for key, t in tensors.items() if key.startswith("last.")})
-        self._best = {key.removeprefix("best."): t for key, t in tensors.items() if key.startswith("best.")}
+        self._best.update((key.removeprefix("best."), t) for key, t in tensors.items() if key.startswith("best."))
         self._freezer.load_state_dict(state["freezer"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        self._meter.load_state_dict(state["meter"])
         self._losses = list(state["losses"])
-        self._logged_at = self.progress.seconds["training"], self.progress.tokens
+        self._logged_at = self._training_seconds, self.progress.tokens
         set_rng_state(state["rng"])
 
     @torch.no_grad()

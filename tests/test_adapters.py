@@ -214,6 +214,18 @@ def test_a_target_that_matches_nothing_is_named_with_what_there_is():
         build(target_modules=["querry"])
 
 
+def test_adapters_attach_to_a_model_without_weights(family):
+    with torch.device("meta"):
+        base = tiny_model(family)
+        config = build_peft_config("lora", head_modules=head_modules(base), target_modules=FAMILIES[family][2])
+        attached = attach(base, config)
+    assert all(parameter.is_meta for parameter in attached.model.parameters())
+    assert attached.initial is None
+    weights, _ = build(family)
+    shapes = {name: (p.shape, p.requires_grad) for name, p in weights.model.named_parameters()}
+    assert {name: (p.shape, p.requires_grad) for name, p in attached.model.named_parameters()} == shapes
+
+
 def test_prompt_methods_are_refused():
     with pytest.raises(ValueError, match="prompt_tuning"):
         build(method="prompt_tuning", target_modules=None, options={"num_virtual_tokens": 4})

@@ -9,14 +9,16 @@ PACKAGE = Path(__file__).parents[1] / "safe_lab"
 
 # A module may import what stands before it, or beside it in the same row.
 LAYERS = [
-    {"suggest", "yaml_core", "rng", "units"},
+    {"byte_size", "suggest", "shapes", "yaml_core", "rng", "section", "units"},
     {"schedule", "policy", "importance", "data"},
     {"config"},
-    {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation"},
+    {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation", "memory"},
+    {"optimizer", "resources", "plan"},
     {"tracking"},
     {"console"},
     {"trainer"},
     {"run"},
+    {"bench"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -1,12 +1,14 @@
 import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from safe_lab import yaml_core
-from safe_lab.cli import main
+from safe_lab.cli import COMMANDS, main
+from safe_lab.memory import KINDS
 
 NO_TORCH = """
 import sys
@@ -25,18 +27,37 @@ def path(tiny_tree, tmp_path):
     return file
 
 
-def run_cli(*arguments):
-    return subprocess.run([sys.executable, "-m", "safe_lab", *map(str, arguments)], capture_output=True, text=True)
+def run_cli(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "safe_lab", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["--version"], 0), ([], 0), (["train", "--help"], 0), (["train", "nowhere.yaml"], 2)],
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        ([], 0),
+        (["train", "--help"], 0),
+        (["train", "nowhere.yaml"], 2),
+        (["plan", "--help"], 0),
+        (["plan", "nowhere.yaml"], 2),
+    ],
 )
 def test_help_and_bad_configurations_are_answered_without_torch(arguments, code):
     done = subprocess.run([sys.executable, "-c", NO_TORCH, *arguments], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_lists_every_command(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed and command.summary in printed for name, command in COMMANDS.items())
 
 
 def test_help_lists_every_field(capsys):
@@ -66,7 +87,15 @@ def test_print_config_prints_yaml_that_loads_to_the_same(path, capsys, tmp_path)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train"], ["train", "a=1"], ["train", "--resume", "--overwrite", "x.yaml"], ["trian"], ["--nonsense"]],
+    [
+        ["train"],
+        ["train", "a=1"],
+        ["train", "--resume", "--overwrite", "x.yaml"],
+        ["trian"],
+        ["--nonsense"],
+        ["plan"],
+        ["plan", "x.yaml", "--fit"],
+    ],
 )
 def test_a_wrong_command_line_exits_2_with_usage(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -135,3 +164,82 @@ def test_environment_names_the_command(path, tiny_tree):
     run_cli("train", path, "training.max_steps=1")
     environment = json.loads((next((path.parent / "runs").rglob("environment.json"))).read_text())
     assert environment["command"][1:] == ["train", str(path), "training.max_steps=1"]
+
+
+def test_a_plan_as_json_is_json_and_nothing_else(path, capsys):
+    assert main(["plan", str(path), "training.batch_size=3", "freezing.unit=module", "--json"]) == 0
+    printed = capsys.readouterr()
+    planned = json.loads(printed.out)
+    assert printed.err == ""
+    assert [row["frozen_depth"] for row in planned["rows"]] == list(range(7))
+    for row in planned["rows"]:
+        assert set(row["bytes"]) == set(KINDS)
+        assert sum(row["bytes"].values()) == row["peak_bytes"]
+        assert sum(row["flops"].values()) == row["flops_per_step"]
+        assert row["checkpoint_bytes"] > row["optimizer_bytes"] > 0
+        assert set(row) >= {"trainable_parameters", "measured"}
+    assert planned["model"]["layers"] == 3
+    assert (planned["step"]["batch_size"], planned["step"]["tokens"]) == (3, 16)
+    assert "fit" not in planned
+
+
+def test_a_plan_is_a_line_for_each_depth(path):
+    done = run_cli("plan", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in (
+        "3 layers",
+        "activations",
+        "8 examples x 16 tokens",
+        "100%",
+        "Not in the figures",
+    ):
+        assert part in done.stdout, part
+    depths = [line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│")]
+    assert depths == ["0", "1", "2", "3"]
+
+
+def test_a_plan_of_code_that_reads_values_is_measured_with_random_weights(path, tiny_folder, tmp_path):
+    (tmp_path / "reading.py").write_text(
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "class ReadingConfig(BertConfig):\n"
+        "    model_type = 'reading'\n"
+        "class ReadingModel(BertForSequenceClassification):\n"
+        "    config_class = ReadingConfig\n"
+        "    def forward(self, input_ids=None, **arguments):\n"
+        "        assert input_ids.max().item() >= 0\n"
+        "        return super().forward(input_ids, **arguments)\n"
+    )
+    architecture = json.loads((tiny_folder / "config.json").read_text())
+    architecture["model_type"] = "reading"
+    architecture["auto_map"] = {
+        "AutoConfig": "reading.ReadingConfig",
+        "AutoModelForSequenceClassification": "reading.ReadingModel",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(architecture))
+    own_code = {"HF_HOME": str(tmp_path / "home")}
+    done = run_cli("plan", path, f"model.path={tmp_path}", "model.trust_remote_code=true", "--json", **own_code)
+    assert done.returncode == 0, done.stderr
+    assert "Real steps were measured" in json.loads(done.stdout)["notes"][0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fit", "24GiBi"], "error: --fit: '24GiBi': there is no unit 'GiBi'; did you mean GiB?"),
+        (["--fit", "much"], "error: --fit: 'much' is no size"),
+        (
+            ["model.path=shape://robert-large"],
+            "error: model.path: no shape 'robert-large'; did you mean roberta-large?",
+        ),
+        (["data.max_length=99"], "error: data.max_length is 99, and the model takes 40 tokens"),
+        (["adapter.method=prompt_tuning"], "error: adapter."),
+        (["freezing.unit=lair"], "error: freezing.unit: "),
+    ],
+)
+def test_a_plan_that_cannot_be_made_exits_2_with_one_line(path, arguments, message, capsys):
+    assert main(["plan", str(path), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(message)
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""

@@ -2,7 +2,7 @@ import pytest
 
 from safe_lab import config as configuration
 from safe_lab import yaml_core
-from safe_lab.config import ConfigError
+from safe_lab.section import ConfigError
 
 MINIMAL = "name: x\nmodel: {path: some/model}\ndata: {task: sst2}\n"
 

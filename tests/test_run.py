@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,26 @@ from tiny import FAMILIES, save_tiny_model, tiny_model, write_csv
 
 from safe_lab import checkpoint
 from safe_lab import config as configuration
-from safe_lab.config import ConfigError
+from safe_lab.memory import KINDS
+from safe_lab.resources import ACTIVITIES
 from safe_lab.run import run
 from safe_lab.run_folder import RunFolder
+from safe_lab.section import ConfigError
 
 # Columns that tell the time and the machine, which differ between two runs of the same bits.
-CLOCK = ("resources/",)
+CLOCK = tuple(
+    f"resources/{name}"
+    for name in (
+        "wall_seconds",
+        "seconds",
+        "tokens_per_second",
+        "joules",
+        "host_",
+        "device_",
+        "memory_mean",
+        "step_memory_mean",
+    )
+)
 
 
 def config_of(tree, **sections):
@@ -36,6 +51,10 @@ def bits(folder):
     """All that must be the same in two runs of the same bits."""
     result = json.loads((folder / "result.json").read_text())
     result.pop("seconds")
+    resources = result.pop("resources")
+    result["resources"] = {
+        name: value for name, value in resources.items() if not f"resources/{name}".startswith(CLOCK)
+    }
     rows = {
         file: [
             {key: value for key, value in row.items() if not key.startswith(CLOCK)}
@@ -69,6 +88,60 @@ def test_a_run_leaves_a_complete_folder(tiny_tree):
     assert json.loads((folder / "adapter" / "labels.json").read_text()) == ["0", "1"]
 
 
+def test_the_seconds_of_a_run_add_up_to_its_wall_time(tiny_tree):
+    config = config_of(tiny_tree)
+    began = time.perf_counter()
+    result = run(config)
+    wall = time.perf_counter() - began
+    seconds = result.resources["seconds"]
+    # What is not in them: reading the configuration, claiming the folder, writing result.json.
+    assert 0.98 * wall - 0.1 <= sum(seconds.values()) <= wall
+    assert sum(seconds.values()) == pytest.approx(result.resources["wall_seconds"])
+    assert all(seconds[activity] > 0 for activity in ACTIVITIES if activity != "cache")
+
+
+def test_freezing_shows_in_bytes_and_flops_as_the_drop_it_is(tiny_tree):
+    def resources(variant, **freezing):
+        return run(config_of(tiny_tree, variant=variant, freezing=freezing)).resources
+
+    none = resources("none", policy="none")
+    prefix = resources("prefix", policy="prefix", curve="constant", final_share=0.7, warmup=0)
+    assert prefix["flops_by_phase"]["forward"] == none["flops_by_phase"]["forward"]
+    assert prefix["flops_by_phase"]["backward"] < 0.8 * none["flops_by_phase"]["backward"]
+    assert prefix["flops_by_phase"]["evaluation"] == none["flops_by_phase"]["evaluation"] > 0
+    # It freezes after five steps of full memory: the mean falls, the peak stays (but for the best weights, kept from then on).
+    assert prefix["memory_peak_bytes"] == pytest.approx(none["memory_peak_bytes"], rel=0.01)
+    assert prefix["memory_mean_step_peak_bytes"] < none["memory_mean_step_peak_bytes"]
+
+
+def test_rows_carry_resources_and_say_what_was_traced(tiny_tree):
+    config = config_of(tiny_tree)
+    result = run(config)
+    rows = [row for row in RunFolder(config.run_folder).rows("metrics.jsonl") if "train/loss" in row]
+    for row in rows:
+        by_kind = [row[f"resources/step_memory/{kind}_bytes"] for kind in KINDS]
+        assert sum(by_kind) == row["resources/step_memory_peak_bytes"] <= row["resources/memory_peak_bytes"]
+        assert sum(row[f"resources/seconds/{activity}"] for activity in ACTIVITIES) <= row["resources/wall_seconds"]
+    assert rows[0]["resources/step_traced"] is True
+    assert not all(row["resources/step_traced"] for row in rows)
+    flops = [row["resources/flops/backward"] for row in rows]
+    assert flops == sorted(flops) and flops[-1] == result.resources["flops_by_phase"]["backward"]
+
+
+def test_every_column_and_key_of_resources_is_documented(tiny_tree):
+    config = config_of(tiny_tree)
+    result = run(config)
+    documented = (Path(__file__).parents[1] / "docs" / "run_folder.md").read_text()
+    for key in result.resources:
+        assert f"`{key}`" in documented, key
+    for row in RunFolder(config.run_folder).rows("metrics.jsonl"):
+        for key in row:
+            if key.startswith("validation/"):
+                continue
+            general = re.sub(r"(step_memory|flops|seconds)/\w+", r"\1/", key)
+            assert f"`{general}" in documented, key
+
+
 def test_freezing_off_is_plain_fine_tuning_bit_for_bit(tiny_tree, tiny_folder):
     config = config_of(tiny_tree, freezing={"policy": "none"}, training={"select": "last"})
     run(config)
@@ -86,7 +159,7 @@ def test_freezing_off_is_plain_fine_tuning_bit_for_bit(tiny_tree, tiny_folder):
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=["query", "value"]))
     sampler = EpochBatchSampler(data.train["length"], 8, seed=0)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad and p.dim() > 1], lr=1e-2, weight_decay=0.01
+        [p for p in model.parameters() if p.requires_grad and p.dim() > 1], lr=1e-2, weight_decay=0.01, fused=True
     )
     optimizer.add_param_group(
         {"params": [p for p in model.parameters() if p.requires_grad and p.dim() <= 1], "weight_decay": 0.0}
@@ -531,6 +604,7 @@ def test_every_shipped_yaml_loads_and_warns_of_nothing():
         file
         for folder in ("experiments", "sweeps")
         for file in Path(__file__).parents[1].joinpath(folder).rglob("*.yaml")
+        if file.parent.name != "bench"  # of another schema: test_bench loads them
     ]
     assert len(files) >= 10
     for file in files:

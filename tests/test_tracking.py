@@ -37,6 +37,10 @@ def test_the_offline_run_holds_config_adapter_states_and_freeze_events(tiny_tree
         "freeze_events",
         "freeze-schedule-",
         "learning_rate",
+        "resources/step_memory/activations_bytes",
+        "resources/flops/backward",
+        "resources/memory_mean_step_peak_bytes",
+        "resources/seconds/data",
     ):
         assert key in found, key
     assert "step_metric" in found

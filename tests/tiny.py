@@ -70,7 +70,7 @@ def tiny_model(family: str = "bert", *, num_labels: int = 2, seed: int = 0, **ch
     """A freshly initialised model of a family, with a classification head."""
     name, arguments, _ = FAMILIES[family]
     torch.manual_seed(seed)
-    config = getattr(transformers, name)(**arguments, num_labels=num_labels, **changes)
+    config = getattr(transformers, name)(**(arguments | {"num_labels": num_labels} | changes))
     if config.pad_token_id is None:
         config.pad_token_id = 0
     return AutoModelForSequenceClassification.from_config(config)

@@ -1,0 +1,98 @@
+"""What the measurements of a bench come to: figures, ratios to the baseline, and whether the loss curves are the same."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safe_lab.bench.config import Bench
+from safe_lab.bench.processes import FIGURES, Measurement
+
+Figures = Mapping[str, Mapping[str, Sequence[float | None]]]
+Ratio = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures of the variants side by side.
+
+    Attributes:
+        baseline: Variant that ratios are taken to.
+        variants: Variant -> figure -> one value a repetition; None where the training failed or there is no such meter.
+        ratios: Variant -> figure -> ``median``, ``min`` and ``max`` of the ratios to the baseline, each within its repetition.
+        same_curve: Variants that do the baseline's arithmetic, so that their loss curves ought to be the baseline's.
+        loss_curve_difference: Largest difference between a row of the baseline's training loss and the same row of theirs;
+            None if there is nothing to compare.
+        failures: Variant, repetition and reason of each training that failed.
+        complete: Every training that was asked for has been made, and none failed.
+    """
+
+    baseline: str
+    variants: Figures
+    ratios: Mapping[str, Mapping[str, Ratio]]
+    same_curve: Sequence[str]
+    loss_curve_difference: float | None
+    failures: Sequence[Mapping[str, Any]]
+    complete: bool
+
+
+def compare(bench: Bench, measurements: Sequence[Measurement]) -> Comparison:
+    """Compare what was measured, be it all or not.
+
+    Args:
+        bench: What was asked for.
+        measurements: What has been made of it.
+    """
+    by_turn = {(entry.variant, entry.repetition): entry for entry in measurements}
+    repetitions = range(1 + max((entry.repetition for entry in measurements), default=-1))
+    variants = {
+        name: {figure: [_figure(by_turn.get((name, i)), figure) for i in repetitions] for figure in FIGURES}
+        for name in bench.configs
+    }
+    ratios = {
+        name: {figure: take_ratio(values[figure], variants[bench.baseline][figure]) for figure in FIGURES}
+        for name, values in variants.items()
+    }
+    same_curve = [name for name in bench.configs if name != bench.baseline and bench.repeats_baseline(name)]
+    differences = [
+        difference_of_losses(by_turn[name, i].losses, by_turn[bench.baseline, i].losses)
+        for name in same_curve
+        for i in repetitions
+        if all(turn in by_turn and by_turn[turn].losses for turn in ((name, i), (bench.baseline, i)))
+    ]
+    failures = [
+        {"variant": entry.variant, "repetition": entry.repetition, "failure": entry.failure}
+        for entry in measurements
+        if entry.failure
+    ]
+    complete = len(measurements) == len(bench.configs) * bench.settings.repetitions and not failures
+    return Comparison(bench.baseline, variants, ratios, same_curve, max(differences, default=None), failures, complete)
+
+
+def take_ratio(values: Sequence[float | None], baseline: Sequence[float | None]) -> Ratio:
+    """Median, least and largest ratio of values to the baseline's of the same repetition; None if there is no ratio.
+
+    >>> take_ratio([1.0, 3.0, None, 6.0], [2.0, 2.0, 2.0, 3.0])
+    {'median': 1.5, 'min': 0.5, 'max': 2.0}
+    """
+    ratios = [value / base for value, base in zip(values, baseline, strict=True) if value is not None and base]
+    if not ratios:
+        return {"median": None, "min": None, "max": None}
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def difference_of_losses(losses: Iterable[tuple[int, float]], others: Iterable[tuple[int, float]]) -> float:
+    """Largest absolute difference of two loss curves over the same steps.
+
+    >>> difference_of_losses([(10, 0.5), (20, 0.25)], [(10, 0.5), (20, 0.375)])
+    0.125
+    """
+    curve, other = dict(losses), dict(others)
+    assert curve.keys() == other.keys()
+    return max(abs(curve[step] - other[step]) for step in curve)
+
+
+def _figure(measurement: Measurement | None, figure: str) -> float | None:
+    return measurement.figures.get(figure) if measurement else None

@@ -1,0 +1,172 @@
+"""Train every variant of a bench in fresh processes, in turn, and read what they answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safe_lab import config as configuration
+from safe_lab.bench.config import Bench
+from safe_lab.run_folder import RunFolder, to_json
+
+FIGURES = (
+    "metric",
+    "wall_seconds",
+    "tokens_per_second",
+    "peak_bytes",
+    "mean_bytes",
+    "peak_rss_bytes",
+    "device_peak_bytes",
+    "flops",
+    "joules",
+    "train_loss",
+)
+_LAST_LINES = 8
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One training of one variant.
+
+    Attributes:
+        variant: Its name.
+        repetition: From 0.
+        figures: Value by name of :data:`FIGURES`; None where there is no such meter. Empty if the training failed.
+        losses: (step, mean training loss since the row before).
+        resources: All that was measured, as ``resources`` of result.json.
+        environment: Versions and hardware.
+        failure: Why there are no figures, and the last lines of the log; empty if there are.
+    """
+
+    variant: str
+    repetition: int
+    figures: Mapping[str, float | None]
+    losses: tuple[tuple[int, float], ...]
+    resources: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    failure: str = ""
+
+
+def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> Iterator[Measurement]:
+    """Train every variant as often as the bench says: A B C A B C ...
+
+    Each training writes ``runs/<variant>/seed-<n>/``; its configuration, log and figures go to
+    ``processes/<repetition>-<variant>.yaml``, ``.log`` and ``.json``, the figures as soon as it has ended.
+
+    Args:
+        bench: What to train.
+        folder: Where all of it goes; made if need be.
+        show: Called with a line about the running process, again and again, and once more, with True, when it has ended.
+
+    Yields:
+        A measurement as soon as it is made. Closing the iterator, or Ctrl-C, ends the running process.
+    """
+    files = RunFolder(folder / "processes")
+    files.path.mkdir(parents=True, exist_ok=True)
+    turns = [(repetition, variant) for repetition in range(bench.settings.repetitions) for variant in bench.configs]
+    for number, (repetition, variant) in enumerate(turns, start=1):
+        stem = f"{repetition}-{variant}"
+        title = f"{number}/{len(turns)} {variant}, repetition {repetition}"
+        files.write(f"{stem}.yaml", configuration.dump(bench.config_of(variant, repetition, folder)))
+        began = time.perf_counter()
+        with _started(bench, variant, files.path, stem) as process:
+            while process.poll() is None:
+                show(
+                    f"{title}: {time.perf_counter() - began:.0f} s  {_last_lines(files.path / f'{stem}.log', 1)}", False
+                )
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+        answer_path = files.path / f".answer-{stem}.json"
+        if process.returncode == 0:
+            measurement = _read_answer(variant, repetition, json.loads(answer_path.read_text()))
+            answer_path.unlink()
+            outcome = f"metric {measurement.figures['metric']:.4f}, {measurement.figures['wall_seconds']:.1f} s"
+        else:
+            failure = f"{_reason(process.returncode)}\n{_last_lines(files.path / f'{stem}.log', _LAST_LINES)}"
+            measurement = Measurement(variant, repetition, {}, (), {}, {}, failure.strip())
+            outcome = f"failed, {_reason(process.returncode)}"
+        files.write(f"{stem}.json", to_json(vars(measurement)))
+        show(f"{title}: {outcome}", True)
+        yield measurement
+
+
+@contextmanager
+def _started(bench: Bench, variant: str, folder: Path, stem: str) -> Iterator[subprocess.Popen[bytes]]:
+    settings = bench.settings
+    environment = os.environ | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    if settings.threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(settings.threads), "MKL_NUM_THREADS": str(settings.threads)}
+    if settings.device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    else:
+        # One: transformers.Trainer spreads a batch over all the GPUs it sees.
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    command = [
+        *(sys.executable, "-m", "safe_lab.bench.worker"),
+        *(settings.variants[variant].trainer, settings.device or "any"),
+        *(str(folder / f"{stem}.yaml"), str(folder / f".answer-{stem}.json")),
+    ]
+    with (folder / f"{stem}.log").open("wb") as log_file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # closes when this process ends, and the other ends then
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C comes here alone
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def _read_answer(variant: str, repetition: int, answer: Mapping[str, Any]) -> Measurement:
+    resources = answer["resources"]
+    # Loading model and data is left out: what is compared is training, with its evaluations, scorings and checkpoints.
+    wall_seconds = resources["wall_seconds"] - resources["seconds"]["setup"]
+    figures = {
+        "metric": answer["metric"],
+        "wall_seconds": wall_seconds,
+        "tokens_per_second": answer["tokens"] / wall_seconds,
+        "peak_bytes": resources["memory_peak_bytes"],
+        "mean_bytes": resources["memory_mean_bytes"],
+        "peak_rss_bytes": resources["host_memory_peak_bytes"],
+        "device_peak_bytes": resources["device_allocated_peak_bytes"],
+        "flops": resources["flops"],
+        "joules": resources["joules"],
+        "train_loss": answer["losses"][-1][1],
+    }
+    assert tuple(figures) == FIGURES
+    losses = tuple((step, loss) for step, loss in answer["losses"])
+    return Measurement(variant, repetition, figures, losses, resources, answer["environment"])
+
+
+def _reason(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"ended by {name}" + (" (was memory short?)" if name == "SIGKILL" else "")
+
+
+def _last_lines(path: Path, count: int) -> str:
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 4096))
+        lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines()]
+    return "\n".join([line for line in lines if line][-count:])

@@ -1,0 +1,47 @@
+"""Numbers of bytes as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from safe_lab.suggest import did_you_mean
+
+_UNITS: dict[str, int] = {"": 1, "B": 1} | {
+    f"{prefix}{infix}B": base**power
+    for infix, base in (("", 1000), ("i", 1024))
+    for power, prefix in enumerate("KMGTP", start=1)
+}
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as ``24GiB``, ``24 GB``, ``1.5TiB``, ``800MiB`` or plain bytes; a GiB is 1024 MiB, a GB 1000 MB.
+
+    Raises:
+        ValueError: No positive number, or a unit there is not.
+
+    >>> parse_bytes("24GiB"), parse_bytes("24GB"), parse_bytes("1000")
+    (25769803776, 24000000000, 1000)
+    """
+    number, unit = re.match(r"\s*([\d.]*)\s*(.*?)\s*$", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", number) or float(number) == 0:
+        raise ValueError(f"{text!r} is no size: a positive number with a unit is needed, such as 24GiB, 800MiB or 24GB")
+    if unit.lower() not in units:
+        known = [name for name in _UNITS if name]
+        raise ValueError(
+            f"{text!r}: there is no unit {unit!r}{did_you_mean(unit, known)}; there are {', '.join(known)}"
+        )
+    return round(float(number) * units[unit.lower()])
+
+
+def format_bytes(number: float) -> str:
+    """A size in the largest binary unit that leaves a whole part.
+
+    >>> format_bytes(8803947315), format_bytes(14705056), format_bytes(512)
+    ('8.20 GiB', '14.0 MiB', '512 B')
+    """
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 1024**power:
+            value = number / 1024**power
+            return f"{value:.2f} {unit}" if power >= 3 else f"{value:.1f} {unit}"
+    return f"{number:.0f} B"

@@ -1,0 +1,309 @@
+"""Bytes and FLOPs of a run, sampled."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safe_lab.importance.probe import Batch
+from safe_lab.memory import KINDS, Ledger, Trace
+from safe_lab.resources.clock import Clock, EnergyMeter
+from safe_lab.resources.flops import Shape, fit_flops
+
+FLOP_PHASES = ("forward", "backward", "scoring", "evaluation", "cache")
+# What of a step's bytes grows with the tokens in it.
+_BY_TOKEN = ("activations", "temporary")
+
+
+@dataclass
+class _Peak:
+    """The most bytes live at any moment of the run, by kind, and in which activity."""
+
+    bytes: int = 0
+    by_kind: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    activity: str | None = None
+
+
+class Meter:
+    r"""Bytes and FLOPs of a run, from micro-steps that are traced and others that are scaled from them.
+
+    A micro-step is traced if, since the last change (:meth:`changed`), none of its situation (first and last of its optimizer
+    step, optimizer state there or not), number of examples and class of length (powers of two) was; if it has more tokens than
+    any traced; and until three lengths are traced. The others carry the figures of the traced one of their situation that is
+    nearest in size, with activations and temporaries scaled by the tokens, padding included. FLOPs of a length that was not
+    traced follow exactly from three that were, wherever they are :math:`b (\alpha n + \beta n^2 + \gamma)` in b examples of n
+    tokens, as a Transformer's are; otherwise they are scaled too.
+
+    Attributes:
+        clock: Seconds by activity.
+        energy: Joules.
+    """
+
+    def __init__(self, clock: Clock, energy: EnergyMeter, model: nn.Module, optimizer: Any) -> None:
+        """Watch a model in training.
+
+        Args:
+            clock: The run's clock.
+            energy: The run's energy meter.
+            model: The model.
+            optimizer: Its optimizer (Accelerate's wrapper will do).
+        """
+        self.clock = clock
+        self.energy = energy
+        self._model = model
+        self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._kept: list[Callable[[], Iterable[Tensor]]] = []
+        # Since the last change: traces by situation and shape, and how often each shape came by.
+        self._traces: dict[tuple[Any, Shape], Trace] = {}
+        self._visits: Counter[Shape] = Counter()
+        self._estimate: Callable[[Shape], dict[str, int]] | None = None
+        self._evaluation: Trace | None = None
+        # Over the run.
+        self._flops = dict.fromkeys(FLOP_PHASES, 0)
+        self._peak = _Peak()
+        self._byte_seconds = dict.fromkeys(KINDS, 0.0)
+        self._span_seconds = 0.0
+        self._step_peak_byte_seconds = 0.0
+        self._step_seconds = 0.0
+        self._num_micro_steps = {"traced": 0, "scaled": 0}
+        # Since the last row: the figures of each micro-step, and whether it was traced.
+        self._recent: list[tuple[Trace, bool]] = []
+        # Spans of time with the bytes live in them, and the peak of the step; they are read together with the clock.
+        self._spans: list[tuple[Mapping[str, float], int, Any, Any]] = []
+        self._held: dict[str, int] = {}
+        self._idle_since = clock.mark()
+
+    def begin(self) -> None:
+        """Training begins: from here on live bytes are averaged over time."""
+        self.clock.switch("other")
+        self._idle_since = self.clock.mark()
+
+    def keep(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        """Count what ``tensors`` gives, at the moment, as ``cache``: what is kept beside the model and its optimizer."""
+        self._kept.append(tensors)
+
+    @contextmanager
+    def micro_step(self, batch: Batch, *, first: bool, last: bool) -> Iterator[None]:
+        """Account for a micro-step: forward and backward, and the optimizer's step if it is the last of one.
+
+        Args:
+            batch: Its tensors, the first of shape (examples, tokens).
+            first: It begins an optimizer step: no gradients are there yet.
+            last: It ends one.
+        """
+        examples, length, *_ = (*next(iter(batch.values())).shape, 1)
+        situation, shape = (first, last, bool(self._optimizer.state)), (examples, length)
+        began = self._end_idle()
+        wanted = self._wants_trace(situation, shape)
+        if wanted:
+            with Ledger(self._model, self._optimizer, cache=self._cache(), batch=batch.values()) as ledger:
+                yield
+            trace = self._traces[situation, shape] = ledger.trace
+            self._estimate = None
+        else:
+            yield
+            trace = self._scaled(situation, shape)
+        self._visits[shape] += 1
+        self._num_micro_steps["traced" if wanted else "scaled"] += 1
+        self._recent.append((trace, wanted))
+        self._account(trace, "training", began)
+        if last:
+            self._held["gradients"] = 0
+
+    @contextmanager
+    def activity(self, name: str) -> Iterator[None]:
+        """Account for a block of ``scoring``, ``evaluation`` or ``cache``: seconds, bytes and FLOPs.
+
+        Evaluation is traced once, as it runs the same batches each time; the others each time.
+        """
+        began = self._end_idle()
+        with self.clock.on(name):
+            if name == "evaluation" and self._evaluation is not None:
+                yield
+                trace = self._evaluation
+                now = {**self._held, **{kind: trace.peak[kind] for kind in _BY_TOKEN}}
+                mean = {**self._held, **{kind: trace.mean[kind] for kind in _BY_TOKEN}}
+                trace = replace(trace, peak=now, peak_bytes=sum(now.values()), mean=mean, held=self._held)
+            else:
+                with Ledger(self._model, self._optimizer, cache=self._cache()) as ledger:
+                    yield
+                trace = ledger.trace
+                if name == "evaluation":
+                    self._evaluation = trace
+        self._flops[name] += trace.total_flops
+        self._account(trace, name, began)
+
+    def changed(self) -> None:
+        """Something froze, or else changed what a step costs: trace anew."""
+        self._flops = self._flops_so_far()
+        self._visits.clear()
+        self._traces.clear()
+        self._estimate = None
+
+    def recent(self) -> dict[str, Any]:
+        """Figures of the micro-steps since the last call, and of the run up to now, for a row of metrics.jsonl.
+
+        Keys lack the group ``resources/``; see docs/run_folder.md.
+        """
+        seconds = self._read()
+        highest, _ = max(self._recent, key=lambda entry: entry[0].peak_bytes)
+        row: dict[str, Any] = {
+            "step_memory_peak_bytes": highest.peak_bytes,
+            "step_memory_mean_bytes": sum(trace.mean_bytes for trace, _ in self._recent) / len(self._recent),
+            **{f"step_memory/{kind}_bytes": highest.peak[kind] for kind in KINDS},
+            "step_traced": all(traced for _, traced in self._recent),
+            "memory_peak_bytes": self._peak.bytes,
+            "memory_mean_bytes": self._mean(sum(self._byte_seconds.values()), self._span_seconds),
+            **{f"flops/{phase}": flops for phase, flops in self._flops_so_far().items()},
+            **{f"seconds/{activity}": value for activity, value in seconds.items()},
+            "joules": self.energy.joules,
+        }
+        self._recent.clear()
+        return row
+
+    def summary(self) -> dict[str, Any]:
+        """What the run came to: the ``resources`` of result.json, whose keys docs/run_folder.md explains."""
+        seconds = self._read()
+        flops = self._flops_so_far()
+        cuda = torch.cuda.is_available()
+        return {
+            "wall_seconds": sum(seconds.values()),
+            "seconds": seconds,
+            "joules": self.energy.joules,
+            "flops": sum(flops.values()),
+            "flops_by_phase": flops,
+            "memory_peak_bytes": self._peak.bytes,
+            "memory_peak_in": self._peak.activity,
+            "memory_peak_by_kind": self._peak.by_kind,
+            "memory_mean_bytes": self._mean(sum(self._byte_seconds.values()), self._span_seconds),
+            "memory_mean_by_kind": {
+                kind: self._mean(value, self._span_seconds) for kind, value in self._byte_seconds.items()
+            },
+            "memory_mean_step_peak_bytes": self._mean(self._step_peak_byte_seconds, self._step_seconds),
+            "traced_micro_steps": self._num_micro_steps["traced"],
+            "scaled_micro_steps": self._num_micro_steps["scaled"],
+            "host_memory_peak_bytes": host_memory_peak_bytes(),
+            "device_allocated_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "device_reserved_peak_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later figures stand on: plain values."""
+        return {
+            "seconds": self._read(),
+            "joules": self.energy.joules,
+            "traces": [(situation, shape, asdict(trace)) for (situation, shape), trace in self._traces.items()],
+            "visits": dict(self._visits),
+            "evaluation": self._evaluation and asdict(self._evaluation),
+            "held": self._held,
+            "flops": self._flops,
+            "peak": asdict(self._peak),
+            "byte_seconds": dict(self._byte_seconds),
+            "spans": (self._step_peak_byte_seconds, self._step_seconds, self._span_seconds),
+            "num_micro_steps": self._num_micro_steps,
+            "recent": [(asdict(trace), traced) for trace, traced in self._recent],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; what this process has spent so far is counted on top."""
+        self.clock.add(state["seconds"])
+        self.energy.add(state["joules"])
+        self._traces = {(tuple(situation), tuple(shape)): Trace(**trace) for situation, shape, trace in state["traces"]}
+        self._estimate = None
+        self._visits = Counter(state["visits"])
+        self._evaluation = state["evaluation"] and Trace(**state["evaluation"])
+        self._held = dict(state["held"])
+        self._flops = dict(state["flops"])
+        self._peak = _Peak(**state["peak"])
+        self._byte_seconds = dict(state["byte_seconds"])
+        self._step_peak_byte_seconds, self._step_seconds, self._span_seconds = state["spans"]
+        self._num_micro_steps = dict(state["num_micro_steps"])
+        self._recent = [(Trace(**trace), traced) for trace, traced in state["recent"]]
+        self._spans.clear()
+        self._idle_since = self.clock.mark()
+
+    def _wants_trace(self, situation: Any, shape: Shape) -> bool:
+        examples, length = shape
+        alike = [known for where, known in self._traces if where == situation]
+        new_class = not any(known[0] == examples and _class(known[1]) == _class(length) for known in alike)
+        largest = examples * length > max((known[0] * known[1] for known in alike), default=0)
+        lengths = {known[1] for _, known in self._traces}
+        return new_class or largest or (len(lengths) < 3 and length not in lengths)
+
+    def _scaled(self, situation: Any, shape: Shape) -> Trace:
+        """The nearest traced step's figures at another number of tokens, and with what is kept by now."""
+        tokens = shape[0] * shape[1]
+        near_shape, near = min(
+            ((known, trace) for (where, known), trace in self._traces.items() if where == situation),
+            key=lambda entry: abs(entry[0][0] * entry[0][1] - tokens),
+        )
+        factor = tokens / (near_shape[0] * near_shape[1])
+        kept = {"cache": self._count_kept()}
+        peak = {kind: round(n * factor) if kind in _BY_TOKEN else n for kind, n in near.peak.items()} | kept
+        mean = {kind: n * factor if kind in _BY_TOKEN else n for kind, n in near.mean.items()} | kept
+        return replace(near, peak_bytes=sum(peak.values()), peak=peak, mean=mean, held=near.held | kept)
+
+    def _account(self, trace: Trace, activity: str, began: Any) -> None:
+        if trace.peak_bytes > self._peak.bytes:
+            self._peak = _Peak(trace.peak_bytes, dict(trace.peak), activity)
+        self._held = {**trace.held, "temporary": 0}
+        self._idle_since = self.clock.mark()
+        self._spans.append((trace.mean, trace.peak_bytes if activity == "training" else 0, began, self._idle_since))
+
+    def _end_idle(self) -> Any:
+        """Between micro-steps and activities only what is always there is live."""
+        now = self.clock.mark()
+        if self._held:
+            self._spans.append((self._held, 0, self._idle_since, now))
+        return now
+
+    def _cache(self) -> list[Tensor]:
+        return [tensor for tensors in self._kept for tensor in tensors()]
+
+    def _count_kept(self) -> int:
+        device = next(self._model.parameters()).device.type
+        return sum(tensor.nbytes for tensor in self._cache() if tensor.device.type == device)
+
+    def _read(self) -> dict[str, float]:
+        seconds = self.clock.read()
+        for live, step_peak, began, ended in self._spans:
+            spent = self.clock.between(began, ended)
+            for kind, nbytes in live.items():
+                self._byte_seconds[kind] += nbytes * spent
+            self._span_seconds += spent
+            if step_peak:
+                self._step_peak_byte_seconds += step_peak * spent
+                self._step_seconds += spent
+        self._spans.clear()
+        return seconds
+
+    def _flops_so_far(self) -> dict[str, int]:
+        flops = dict(self._flops)
+        if self._visits and self._estimate is None:
+            self._estimate = fit_flops({shape: trace.flops for (_, shape), trace in self._traces.items()})
+        for shape, count in self._visits.items():
+            assert self._estimate is not None
+            for phase, value in self._estimate(shape).items():
+                flops[phase] += count * value
+        return flops
+
+    @staticmethod
+    def _mean(byte_seconds: float, seconds: float) -> float | None:
+        return byte_seconds / seconds if seconds else None
+
+
+def host_memory_peak_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _class(length: int) -> int:
+    """Lengths up to the same power of two are of one class."""
+    return (length - 1).bit_length()

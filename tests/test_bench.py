@@ -1,0 +1,349 @@
+"""Benches: what is compared, that it is the same work, and what is left when something fails."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import FAMILIES, save_tiny_model, write_csv
+
+from safe_lab import config as configuration
+from safe_lab import yaml_core
+from safe_lab.bench import baseline, load
+from safe_lab.bench.compare import compare, difference_of_losses
+from safe_lab.bench.processes import FIGURES, Measurement
+from safe_lab.run import run
+from safe_lab.run_folder import RunFolder
+from safe_lab.section import ConfigError
+
+SHIPPED = sorted((Path(__file__).parents[1] / "experiments" / "bench").glob("*.yaml"))
+EXPLODES = {"training.learning_rate": 1e30, "training.max_grad_norm": None, "training.warmup_ratio": 0}
+
+
+def bench_of(base):
+    """A bench of two repetitions that takes a few seconds a training."""
+    return {
+        "name": "tiny",
+        "repetitions": 2,
+        "threads": 1,
+        "device": "cpu",
+        "base": {key: copy.deepcopy(value) for key, value in base.items() if key != "name"},
+        "variants": {
+            "trainer": {"trainer": "transformers"},
+            "none": {"overrides": {"freezing.policy": "none"}},
+            "safe": {},
+        },
+    }
+
+
+@pytest.fixture
+def tree(tiny_tree):
+    return bench_of(tiny_tree)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "bench.yaml"
+
+
+def start(path, tree, *arguments):
+    path.write_text(yaml_core.write(tree))
+    command = [sys.executable, "-m", "safe_lab", "bench", str(path), "--output", str(path.parent / "out"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+def children(process):
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def load_tree(path, tree, *overrides, **options):
+    path.write_text(yaml_core.write(tree))
+    return load(path, overrides, **options)
+
+
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.stem)
+def test_every_bench_shipped_loads_and_compares_with_transformers(shipped):
+    bench = load(shipped)
+    assert bench.settings.name == shipped.stem
+    assert bench.settings.variants[bench.baseline].trainer == "transformers"
+    assert [name for name in bench.configs if bench.repeats_baseline(name)] == ["trainer", "none"]
+    assert not any(configuration.warnings(config) for config in bench.configs.values())
+
+
+def test_overrides_change_the_base_and_a_variant_goes_before_them(path, tree):
+    tree["variants"]["none"]["overrides"]["training.epochs"] = 1
+    bench = load_tree(path, tree, "training.epochs=7", repetitions=5)
+    assert [config.training.epochs for config in bench.configs.values()] == [7, 1, 7]
+    assert bench.settings.repetitions == 5
+    assert not bench.repeats_baseline("none")
+
+
+def test_a_base_may_be_the_yaml_of_a_run_beside_the_bench(path, tree, tiny_tree, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml_core.write(tiny_tree))
+    assert load_tree(path, tree | {"base": "run.yaml"}).configs == {
+        name: config.model_copy(update={"name": "tiny"}) for name, config in load_tree(path, tree).configs.items()
+    }
+
+
+def test_a_tracker_is_measured_only_where_it_is_asked_for(path, tree):
+    del tree["base"]["tracking"]
+    tree["variants"]["safe"]["overrides"] = {"tracking.wandb": "offline"}
+    wandb = [config.tracking.wandb for config in load_tree(path, tree).configs.values()]
+    assert wandb == ["disabled", "disabled", "offline"]
+
+
+def test_each_repetition_has_its_own_seed_and_folder(path, tree, tmp_path):
+    bench = load_tree(path, tree, "seed=3")
+    configs = [bench.config_of("safe", repetition, tmp_path) for repetition in (0, 1)]
+    assert [config.seed for config in configs] == [3, 4]
+    assert configs[1].run_folder == tmp_path / "runs" / "safe" / "seed-4"
+
+
+def test_all_faults_come_at_once_with_place_and_near_name(path, tree):
+    del tree["base"]["model"]
+    tree["base"]["training"]["epoch"] = 3
+    tree["variants"]["safe"]["overrides"] = {"freezing.metric": "fischer"}
+    tree["variants"]["trainer"]["overrides"] = {"freezing.policy": "none"}
+    with pytest.raises(ConfigError) as error:
+        load_tree(path, tree | {"baseline": "trainr"}, "data.max_length=long")
+    lines = str(error.value).splitlines()
+    for line, start, part in zip(
+        lines,
+        (
+            "base.model:",
+            "base.data.max_length:",
+            "base.training.epoch:",
+            "variants.trainer: overrides.freezing.policy:",
+            "variants.safe: freezing.metric:",
+            "baseline:",
+        ),
+        (
+            "missing",
+            "'long'",
+            "did you mean epochs?",
+            "has no freezing",
+            "did you mean fisher?",
+            "did you mean trainer?",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(start)
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"repetition": 3}, "repetition: unknown key; did you mean repetitions?"),
+        ({"variants": {"a": {"overides": {}}}}, "variants.a.overides: unknown key; did you mean overrides?"),
+        ({"variants": {"a": {"trainer": "keras"}}}, "variants.a.trainer: input should be 'safe_lab' or 'transformers'"),
+        ({"variants": {}}, "variants: "),
+        ({"repetitions": 0}, "repetitions: "),
+        ({"base": "nowhere.yaml"}, "nowhere.yaml: no such file"),
+        (
+            {"variants": {"a": {"overrides": {"data.task.now": 1}}}},
+            "variants.a: overrides.data.task.now: task holds a value",
+        ),
+        ({"base": {"tracking": "wandb"}}, "base.tracking: "),
+    ],
+)
+def test_a_bad_bench_file_is_refused_with_its_key(path, tree, change, message):
+    with pytest.raises(ConfigError, match=r"^\S") as error:
+        load_tree(path, tree | change)
+    assert message in str(error.value)
+
+
+def test_a_bad_bench_is_answered_without_torch(path, tree):
+    path.write_text(yaml_core.write(tree | {"baseline": "nobody"}))
+    program = (
+        "import sys\nfrom safe_lab.cli import main\n"
+        f"assert main(['bench', {str(path)!r}]) == 2\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_baseline_and_policy_none_have_one_loss_curve(family, tiny_tree, tmp_path):
+    folder = save_tiny_model(tmp_path / "model", family)
+    tiny_tree |= {"model": {"path": str(folder)}, "freezing": {"policy": "none"}}
+    tiny_tree["adapter"] |= {"target_modules": FAMILIES[family][2], "dropout": 0.1}
+    tiny_tree["data"]["path"] = str(write_csv(tmp_path / "rows.csv", rows=150))
+    tiny_tree["training"] |= {"log_every": 1, "weight_decay": 0.1}
+    config = configuration.build(tiny_tree)
+    theirs, ours = baseline.train(config), run(config)
+    rows = RunFolder(config.run_folder).rows("metrics.jsonl")
+    curve = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert len(curve) == 51
+    assert len({loss for _, loss in curve}) > 40
+    assert difference_of_losses(theirs["losses"], curve) < 1e-5
+    assert theirs["metric"] == ours.metrics[ours.main_metric]
+    assert theirs["tokens"] == ours.tokens
+    for phase in ("forward", "backward"):
+        assert theirs["resources"]["flops_by_phase"][phase] == ours.resources["flops_by_phase"][phase]
+
+
+def test_a_baseline_whose_loss_is_nan_fails_though_trainer_goes_on(tiny_tree):
+    changes = {key.removeprefix("training."): value for key, value in EXPLODES.items()}
+    tiny_tree["training"] |= changes
+    with pytest.raises(FloatingPointError, match="the loss is nan at step"):
+        baseline.train(configuration.build(tiny_tree))
+
+
+def measurement(variant, repetition, losses=(), failure="", **figures):
+    return Measurement(variant, repetition, dict.fromkeys(FIGURES) | figures, losses, {}, {}, failure)
+
+
+def test_ratios_are_taken_within_a_repetition(path, tree):
+    bench = load_tree(path, tree, repetitions=3)
+    comparison = compare(
+        bench,
+        [
+            measurement("trainer", 0, wall_seconds=10.0, joules=None),
+            measurement("none", 0, wall_seconds=5.0, joules=None),
+            measurement("trainer", 1, wall_seconds=20.0),
+            measurement("none", 1, wall_seconds=20.0),
+            measurement("trainer", 2, wall_seconds=40.0),
+            measurement("none", 2, failure="exit code 1"),
+        ],
+    )
+    assert comparison.variants["none"]["wall_seconds"] == [5.0, 20.0, None]
+    assert comparison.ratios["none"]["wall_seconds"] == {"median": 0.75, "min": 0.5, "max": 1.0}
+    assert comparison.ratios["trainer"]["wall_seconds"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert comparison.ratios["safe"]["wall_seconds"] == {"median": None, "min": None, "max": None}
+    assert comparison.ratios["none"]["joules"]["median"] is None
+    assert [failure["failure"] for failure in comparison.failures] == ["exit code 1"]
+    assert not comparison.complete
+
+
+def test_loss_curves_are_compared_only_where_they_ought_to_be_the_same(path, tree):
+    measurements = [
+        measurement("trainer", 0, losses=((1, 0.5), (2, 0.25))),
+        measurement("none", 0, losses=((1, 0.5), (2, 0.375))),
+        measurement("safe", 0, losses=((1, 0.5), (2, 9.0))),
+    ]
+    assert compare(load_tree(path, tree), measurements).loss_curve_difference == 0.125
+    assert compare(load_tree(path, tree | {"baseline": "safe"}), measurements).loss_curve_difference is None
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Standard output, error and folder of a bench of three variants and two repetitions."""
+    place = tmp_path_factory.mktemp("bench")
+    base = {
+        "model": {"path": str(save_tiny_model(place / "model"))},
+        "data": {"task": "classification", "path": str(write_csv(place / "data.csv")), "max_length": 16},
+        "adapter": {"rank": 2, "target_modules": ["query", "value"]},
+        "training": {"epochs": 9, "batch_size": 8, "learning_rate": 1e-2},
+        "freezing": {"policy": "prefix", "interval": 2, "warmup": 0, "final": 1, "final_share": 1.0},
+    }
+    process = start(place / "bench.yaml", bench_of(base), "--json", "training.epochs=3")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    return json.loads(out), err, place / "out"
+
+
+def test_processes_take_turns(finished):
+    _, err, folder = finished
+    turns = [f"{repetition}-{variant}" for repetition in (0, 1) for variant in ("trainer", "none", "safe")]
+    written = sorted((folder / "processes").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    assert [file.stem for file in written] == turns
+    assert [line.split(":")[0] for line in err.splitlines()[:6]] == [
+        f"{i + 1}/6 {turn[2:]}, repetition {turn[0]}" for i, turn in enumerate(turns)
+    ]
+
+
+def test_a_bench_leaves_figures_ratios_and_environment(finished):
+    printed, _, folder = finished
+    assert json.loads((folder / "result.json").read_text()) == printed
+    for figures in printed["variants"].values():
+        for figure in ("metric", "wall_seconds", "flops", "peak_bytes", "mean_bytes", "peak_rss_bytes"):
+            assert len(figures[figure]) == 2
+            assert all(value > 0 for value in figures[figure])
+    seconds = [printed["variants"][name]["wall_seconds"] for name in ("none", "trainer")]
+    ratios = sorted(ours / theirs for ours, theirs in zip(*seconds, strict=True))
+    ratio = printed["ratios"]["none"]["wall_seconds"]
+    assert (ratio["min"], ratio["median"], ratio["max"]) == pytest.approx((ratios[0], sum(ratios) / 2, ratios[1]))
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["threads"] == 1
+    assert environment["command"][:2] == ["safe-lab", "bench"]
+    assert {"packages", "devices", "processor", "time"} <= environment.keys()
+
+
+def test_a_bench_measures_the_same_training_and_what_freezing_saves(finished):
+    printed, _, folder = finished
+    assert printed["loss_curve_difference"] < 1e-5
+    assert printed["variants"]["none"]["metric"] == printed["variants"]["trainer"]["metric"]
+    assert printed["variants"]["none"]["peak_bytes"] == pytest.approx(
+        printed["variants"]["trainer"]["peak_bytes"], rel=0.01
+    )
+    assert printed["ratios"]["safe"]["flops"]["max"] < printed["ratios"]["none"]["flops"]["min"]
+    run_folder = folder / "runs" / "safe" / "seed-1"
+    assert json.loads((run_folder / "result.json").read_text())["frozen_share"] == 1
+    assert configuration.load(run_folder / "config.yaml").training.epochs == 3
+
+
+def test_a_bench_folder_is_not_written_twice(finished):
+    folder = finished[2]
+    process = start(folder.parent / "bench.yaml", yaml_core.parse((folder.parent / "bench.yaml").read_text()))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "holds a bench already" in err
+
+
+def test_what_crashes_is_reported_and_the_others_go_on(path, tree):
+    tree["variants"] = {
+        "explodes": {"overrides": EXPLODES},
+        "killed": {},
+        "none": {"overrides": {"freezing.policy": "none"}},
+    }
+    process = start(path, tree | {"baseline": "none", "repetitions": 1}, "--json")
+    wait_for((path.parent / "out" / "processes" / "0-killed.log").exists)
+    os.kill(wait_for(lambda: children(process))[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 1, err
+    printed = json.loads(out)
+    first, second = printed["failures"]
+    assert (first["variant"], second["variant"]) == ("explodes", "killed")
+    assert "exit code 1" in first["failure"]
+    assert "stopped: the loss is" in first["failure"]
+    assert "ended by SIGKILL" in second["failure"]
+    assert printed["variants"]["explodes"]["wall_seconds"] == [None]
+    assert printed["variants"]["none"]["metric"][0] > 0
+    assert printed["ratios"]["none"]["metric"]["median"] == 1
+
+
+def test_ctrl_c_ends_the_process_and_shows_what_there_is(path, tree):
+    process = start(path, tree)
+    wait_for((path.parent / "out" / "processes" / "0-none.log").exists)
+    worker = wait_for(lambda: children(process))[0]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert "trainer" in out
+    assert not Path(f"/proc/{worker}").exists()
+    result = json.loads((path.parent / "out" / "result.json").read_text())
+    assert result["variants"]["trainer"]["wall_seconds"][0] > 0
+    assert not result["complete"]
+
+
+def test_a_worker_ends_with_the_bench_that_was_killed(path, tree):
+    process = start(path, tree)
+    worker = wait_for(lambda: children(process))[0]
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())
