@@ -152,7 +152,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
     state = "a finished" if finished else "an unfinished"
     try:
         differences = _differences(configuration.load(path / "config.yaml"), config)
-    except configuration.ConfigError as error:
+    except ConfigError as error:
         raise RunFolderError(
             f"{path}: holds {state} run whose config.yaml this version cannot read ({error}); --overwrite removes it"
         ) from None

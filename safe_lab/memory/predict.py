@@ -3,8 +3,8 @@
 The same :class:`~safe_lab.memory.ledger.Ledger` that measures a real step traces the fake one, over the same operators; so a
 prediction is a measurement of a model that is not there. :class:`Rehearsal` works on real tensors just as well.
 
-Where it differs from a run: the operators are those of the CPU, where kernels are less fused than on CUDA, and the optimizer
-works on one weight at a time; loss scaling (mixed precision fp16) is left out.
+Where it differs from a run: the operators are those of the CPU, where kernels are less fused than on CUDA; loss scaling (mixed
+precision fp16) is left out.
 """
 
 from __future__ import annotations

@@ -12,8 +12,7 @@ from safe_lab.plan.subject import Subject, build_subject
 
 NOT_INCLUDED = (
     "Not in the figures: what an allocator keeps back, the CUDA context and the workspaces of libraries, scoring and evaluation, "
-    "the headers of checkpoint files. The operators are those of the CPU: on CUDA, fused attention keeps less, and AdamW has "
-    "temporaries as large as what trains."
+    "the headers of checkpoint files. The operators are those of the CPU: on CUDA fused attention keeps less."
 )
 
 
