@@ -19,7 +19,7 @@ from safe_lab.data.tasks import TASKS
 from safe_lab.importance import METRICS
 from safe_lab.policy import POLICIES
 from safe_lab.schedule import CURVES
-from safe_lab.section import ConfigError, Section, check, override, read_tree
+from safe_lab.section import ConfigError, Section, check, override_all, read_tree
 from safe_lab.suggest import did_you_mean
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
@@ -300,12 +300,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: With one line for every fault found.
     """
     tree = read_tree(path)
-    faults = []
-    for assignment in overrides:
-        try:
-            override(tree, assignment)
-        except ConfigError as fault:
-            faults.append(str(fault))
+    faults = override_all(tree, overrides)
     try:
         config = build(tree)
     except ConfigError as more:

@@ -18,10 +18,11 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safe_lab import checkpoint
 from safe_lab import config as configuration
-from safe_lab.adapters import attach, build_peft_config, find_units, save_adapter
+from safe_lab.adapters import Attached, attach, build_peft_config, find_units, save_adapter
 from safe_lab.config import Config, FreezingSection, TrainingSection
 from safe_lab.config import warnings as config_warnings
 from safe_lab.console import Console
@@ -166,18 +167,7 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
     clock, energy = Clock(accelerator.device), EnergyMeter(accelerator.device)
     set_seed(config.seed)
 
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    data = load_data(**config.data.model_dump(exclude={"group_by_length"}), tokenizer=tokenizer, seed=config.seed)
-    regression = data.task.kind == "regression"
-    base, heads = load_model(
-        **config.model.model_dump(exclude={"gradient_checkpointing"}),
-        num_labels=1 if regression else len(data.labels),
-        regression=regression,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    check_length(base, config.data.max_length)
-    attached = attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads))
-
+    base, attached, tokenizer, data = load_parts(config)
     if config.model.gradient_checkpointing:
         checkpoint_gradients(base)
 
@@ -248,6 +238,21 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         base_fingerprint=attached.base_fingerprint,
     )
     return Parts(accelerator, tokenizer, data, model, attached.initial, freezer, meter, tracking, trainer)
+
+
+def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTokenizerBase, Data]:
+    """Base model, the same with adapters, tokenizer and data; what is new in the model is drawn from the global seed."""
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    data = load_data(**config.data.model_dump(exclude={"group_by_length"}), tokenizer=tokenizer, seed=config.seed)
+    regression = data.task.kind == "regression"
+    base, heads = load_model(
+        **config.model.model_dump(exclude={"gradient_checkpointing"}),
+        num_labels=1 if regression else len(data.labels),
+        regression=regression,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    check_length(base, config.data.max_length)
+    return base, attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads)), tokenizer, data
 
 
 def _conclude(config: Config, parts: Parts) -> Result:

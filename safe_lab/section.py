@@ -69,6 +69,17 @@ def override(tree: dict[str, Any], assignment: str) -> None:
     tree[last] = _parse(value, where=key)
 
 
+def override_all(tree: dict[str, Any], assignments: Sequence[str]) -> list[str]:
+    """Set several values, as :func:`override` does; returns the faults, a line each."""
+    faults = []
+    for assignment in assignments:
+        try:
+            override(tree, assignment)
+        except ConfigError as fault:
+            faults.append(str(fault))
+    return faults
+
+
 def check(section: type[SectionType], tree: Mapping[str, Any]) -> SectionType:
     """Check a tree of plain values against a schema.
 

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
-from safe_lab.adapters import attach, build_peft_config
 from safe_lab.config import Config
-from safe_lab.data import Collator, EpochBatchSampler, Task, compute_metrics, load_data
-from safe_lab.model import load_model, load_tokenizer
+from safe_lab.data import Collator, EpochBatchSampler, Task, compute_metrics
 from safe_lab.resources import Clock, EnergyMeter, Meter
 from safe_lab.rng import get_rng_state, set_rng_state
-from safe_lab.run import count_steps
+from safe_lab.run import count_steps, load_parts
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -34,16 +32,7 @@ def train(config: Config) -> dict[str, Any]:
         since the last), ``tokens`` trained on (padding left out), and ``resources`` as in result.json.
     """
     transformers.set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    data = load_data(**config.data.model_dump(exclude={"group_by_length"}), tokenizer=tokenizer, seed=config.seed)
-    regression = data.task.kind == "regression"
-    base, heads = load_model(
-        **config.model.model_dump(exclude={"gradient_checkpointing"}),
-        num_labels=1 if regression else len(data.labels),
-        regression=regression,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads)).model
+    _, attached, tokenizer, data = load_parts(config)
     drawn = get_rng_state()
     sampler = EpochBatchSampler(
         data.train["length"],
@@ -53,7 +42,7 @@ def train(config: Config) -> dict[str, Any]:
     )
     trainer = MeteredTrainer(
         sampler,
-        model=model,
+        model=attached.model,
         args=build_arguments(config, num_steps=count_steps(len(sampler), config.training)),
         data_collator=Collator(tokenizer),
         train_dataset=data.train,

@@ -13,7 +13,7 @@ from pydantic import Field
 from safe_lab import config as configuration
 from safe_lab import yaml_core
 from safe_lab.config import Config, Count
-from safe_lab.section import ConfigError, Section, check, override, read_tree
+from safe_lab.section import ConfigError, Section, check, override, override_all, read_tree
 from safe_lab.suggest import did_you_mean
 
 # What of a run's configuration the baseline of transformers has a counterpart for.
@@ -96,12 +96,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, repetitions: int | 
     settings = check(BenchSection, read_tree(path) | ({} if repetitions is None else {"repetitions": repetitions}))
     base = copy.deepcopy(settings.base) if isinstance(settings.base, dict) else read_tree(path.parent / settings.base)
     base.setdefault("name", settings.name)
-    faults = []
-    for assignment in overrides:
-        try:
-            override(base, assignment)
-        except ConfigError as fault:
-            faults.append(str(fault))
+    faults = override_all(base, overrides)
     # What the variants compare is training: trackers are measured only where they are asked for.
     if isinstance(base.setdefault("tracking", {}), dict):
         base["tracking"].setdefault("wandb", "disabled")

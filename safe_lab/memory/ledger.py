@@ -33,11 +33,14 @@ def _cpu_attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *
     return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
 
 
-# Fused attention on CPU, which torch's own table leaves out (2.13).
-_CPU_ATTENTION: dict[Any, Callable[..., int]] = {
+# FLOPs of an operator from its arguments and its result: torch's own table, and fused attention on CPU, which that leaves out
+# (2.13).
+_FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
 }
+# The same by the id of each operator seen so far: to hash an operator takes longer than a view.
+_flops_by_id: dict[int, Callable[..., int] | None] = {}
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         print(ledger.trace.peak, ledger.trace.flops)
     """
 
+    supports_higher_order_operators = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -121,7 +126,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             batch: Tensors made before entering that the step works on.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self._model = model
+        # Gathered once: to walk a model's modules takes as long as a hundred operators.
+        self._parameters = list(model.parameters())
+        self._buffers = list(model.buffers())
         self._optimizer = optimizer
         self._cache = tuple(cache)
         self._batch = tuple(batch)
@@ -139,8 +146,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._trace: Trace | None = None
         self._hooks: list[Any] = []
         # On an accelerator, host tensors (Adam's counters) do not count, and an operator has run once the device is done.
-        parameter = next(model.parameters(), None)
-        self._on_cuda = parameter is not None and parameter.is_cuda
+        self._on_cuda = bool(self._parameters) and self._parameters[0].is_cuda
 
     @property
     def trace(self) -> Trace:
@@ -155,8 +161,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
         for kind, tensors in (
-            ("parameters", self._model.parameters()),
-            ("buffers", self._model.buffers()),
+            ("parameters", self._parameters),
+            ("buffers", self._buffers),
             ("cache", self._cache),
             ("temporary", self._batch),
         ):
@@ -200,14 +206,17 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if state != self._region_state:
             self._region_ends.append(self._moment - 1)
             self._region, self._region_state = self._region + 1, state
-        packet = func._overloadpacket
-        count = flop_registry.get(packet) or _CPU_ATTENTION.get(packet)
+        try:
+            count = _flops_by_id[id(func)]
+        except KeyError:
+            count = _flops_by_id[id(func)] = _FLOPS.get(getattr(func, "_overloadpacket", func))
         if count is not None:
-            from_shapes = packet in flop_registry
-            flops = count(*args, **kwargs, out_val=result) if from_shapes else count(*args, **kwargs)
-            self._flops["backward" if in_backward else "forward"] += flops
-        for tensor in _tensors(result):
-            self._enter_storage(tensor, None)
+            self._flops["backward" if in_backward else "forward"] += count(*args, **kwargs, out_val=result)
+        if isinstance(result, Tensor):
+            self._enter_storage(result, None)
+        else:
+            for tensor in _tensors(result):
+                self._enter_storage(tensor, None)
         if self._bytes > self._peak[0]:
             self._peak = (self._bytes, self._moment)
         return result
@@ -234,7 +243,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _leave(self, key: int, entry: _Storage) -> None:
         if self._trace is None:
-            self._live.pop(key, None)
+            del self._live[key]
             self._bytes -= entry.nbytes
             entry.died = self._moment
 
@@ -244,7 +253,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _name_results(self) -> None:
         """Tell gradients and optimizer state from what else was made."""
-        self._name((p.grad for p in self._model.parameters() if p.grad is not None), "gradients")
+        self._name((p.grad for p in self._parameters if p.grad is not None), "gradients")
         if self._optimizer is not None:
             self._name(
                 (value for state in self._optimizer.state.values() for value in state.values() if _is_tensor(value)),

@@ -35,7 +35,7 @@ class Meter:
     r"""Bytes and FLOPs of a run, from micro-steps that are traced and others that are scaled from them.
 
     A micro-step is traced if, since the last change (:meth:`changed`), none of its situation (first and last of its optimizer
-    step, optimizer state there or not), number of examples and class of length (powers of two) was; if it has more tokens than
+    step, optimizer state there or not) and class of tokens (from one power of two to the next) was; if it has more tokens than
     any traced; and until three lengths are traced. The others carry the figures of the traced one of their situation that is
     nearest in size, with activations and temporaries scaled by the tokens, padding included. FLOPs of a length that was not
     traced follow exactly from three that were, wherever they are :math:`b (\alpha n + \beta n^2 + \gamma)` in b examples of n
@@ -231,11 +231,11 @@ class Meter:
 
     def _wants_trace(self, situation: Any, shape: Shape) -> bool:
         examples, length = shape
-        alike = [known for where, known in self._traces if where == situation]
-        new_class = not any(known[0] == examples and _class(known[1]) == _class(length) for known in alike)
-        largest = examples * length > max((known[0] * known[1] for known in alike), default=0)
+        tokens = examples * length
+        alike = [known[0] * known[1] for where, known in self._traces if where == situation]
+        new_class = all(known.bit_length() != tokens.bit_length() for known in alike)
         lengths = {known[1] for _, known in self._traces}
-        return new_class or largest or (len(lengths) < 3 and length not in lengths)
+        return new_class or tokens > max(alike) or (len(lengths) < 3 and length not in lengths)
 
     def _scaled(self, situation: Any, shape: Shape) -> Trace:
         """The nearest traced step's figures at another number of tokens, and with what is kept by now."""
@@ -302,8 +302,3 @@ class Meter:
 def host_memory_peak_bytes() -> int:
     """Peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _class(length: int) -> int:
-    """Lengths up to the same power of two are of one class."""
-    return (length - 1).bit_length()
