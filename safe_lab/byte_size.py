@@ -6,7 +6,7 @@ import re
 
 from safe_lab.suggest import did_you_mean
 
-_UNITS: dict[str, int] = {"": 1, "B": 1} | {
+_UNITS: dict[str, int] = {"B": 1} | {
     f"{prefix}{infix}B": base**power
     for infix, base in (("", 1000), ("i", 1024))
     for power, prefix in enumerate("KMGTP", start=1)
@@ -14,22 +14,23 @@ _UNITS: dict[str, int] = {"": 1, "B": 1} | {
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as ``24GiB``, ``24 GB``, ``1.5TiB``, ``800MiB`` or plain bytes; a GiB is 1024 MiB, a GB 1000 MB.
+    """A size such as ``24GiB``, ``24 GB``, ``1.5TiB``, ``800MiB`` or ``1000B``; a GiB is 1024 MiB, a GB 1000 MB.
 
     Raises:
         ValueError: No positive number, or a unit there is not.
 
-    >>> parse_bytes("24GiB"), parse_bytes("24GB"), parse_bytes("1000")
+    >>> parse_bytes("24GiB"), parse_bytes("24GB"), parse_bytes("1000B")
     (25769803776, 24000000000, 1000)
     """
     number, unit = re.match(r"\s*([\d.]*)\s*(.*?)\s*$", text, re.DOTALL).groups()  # type: ignore[union-attr]
     units = {name.lower(): size for name, size in _UNITS.items()}
     if not re.fullmatch(r"\d+\.?\d*|\.\d+", number) or float(number) == 0:
         raise ValueError(f"{text!r} is no size: a positive number with a unit is needed, such as 24GiB, 800MiB or 24GB")
+    if not unit:
+        raise ValueError(f"{text!r} has no unit: is {number}GiB meant?")
     if unit.lower() not in units:
-        known = [name for name in _UNITS if name]
         raise ValueError(
-            f"{text!r}: there is no unit {unit!r}{did_you_mean(unit, known)}; there are {', '.join(known)}"
+            f"{text!r}: there is no unit {unit!r}{did_you_mean(unit, _UNITS)}; there are {', '.join(_UNITS)}"
         )
     return round(float(number) * units[unit.lower()])
 

@@ -175,7 +175,8 @@ def plan(arguments: Sequence[str]) -> int:
         print(show.to_json(planned, fit))
     else:
         show.print_tables(planned, fit, _wide_console())
-    return 0
+    # For scripts: nothing fits.
+    return 1 if fit is not None and fit.advice is None else 0
 
 
 def bench(arguments: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,7 +141,7 @@ def load_config(
             shape = None if download or Path(source).is_dir() else find_shape(path)
             if shape is None:
                 raise ValueError(f"model.path: {_why_no_config(path, source, download, error)}") from None
-            log.warning("the config.json of %s is not on this machine: the shape %s stands in for it", path, shape)
+            _tell_stand_in(path, shape)
     if shape is not None:
         # A copy, because the configuration keeps the lists and dicts that it is given, and callers may change them.
         config = AutoConfig.for_model(**copy.deepcopy(SHAPES[shape]), **task)
@@ -149,6 +150,13 @@ def load_config(
     # Decoders would keep keys and values of every layer for a next token that never comes, frozen layers' too.
     config.use_cache = False
     return config
+
+
+@cache
+def _tell_stand_in(path: str, shape: str) -> None:
+    # Once, however often a plan builds the model.
+    if path != shape:
+        log.warning("the config.json of %s is not on this machine: the shape %s stands in for it", path, shape)
 
 
 def _why_no_config(path: str, source: str, download: bool, error: Exception) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -118,10 +118,10 @@ def _parse(text: str, where: str) -> Any:
 
 def _explain(root: type[Section], error: Any) -> tuple[str, str]:
     """The dotted key, and in one line: the rule, the value got, the near name if the key is unknown."""
-    place = [str(part) for part in error["loc"] if not (isinstance(part, str) and _UNION_ARM.search(part))]
+    place, beside = _find_place(root, error["loc"])
     key = ".".join(place)
     if error["type"] == "extra_forbidden":
-        return key, f"unknown key{did_you_mean(place[-1], _keys_beside(root, place))}"
+        return key, f"unknown key{did_you_mean(place[-1], beside)}"
     if error["type"] == "missing":
         return key, "missing, and there is no default"
     if error["type"] in ("unknown", "option", "final", "folder"):
@@ -130,8 +130,18 @@ def _explain(root: type[Section], error: Any) -> tuple[str, str]:
     return key, f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
-def _keys_beside(root: Any, place: Sequence[str]) -> list[str]:
-    for part in place[:-1]:
-        # A section by its field, or any of a mapping's.
-        root = root.model_fields[part].annotation if hasattr(root, "model_fields") else get_args(root)[1]
-    return list(root.model_fields)
+def _find_place(root: Any, loc: Sequence[str | int]) -> tuple[list[str], list[str]]:
+    """The dotted place of an error, without the arms of unions that pydantic adds, and the keys there are beside it."""
+    place: list[str] = []
+    beside: list[str] = []
+    for part in loc:
+        if hasattr(root, "model_fields"):
+            beside = list(root.model_fields)
+            root = root.model_fields[part].annotation if part in root.model_fields else None
+        elif get_origin(root) is dict:
+            # Any name may be a key here, "none" too.
+            beside, root = [], get_args(root)[1]
+        elif isinstance(part, str) and _UNION_ARM.search(part):
+            continue
+        place.append(str(part))
+    return place, beside

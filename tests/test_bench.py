@@ -149,6 +149,7 @@ def test_all_faults_come_at_once_with_place_and_near_name(path, tree):
     [
         ({"repetition": 3}, "repetition: unknown key; did you mean repetitions?"),
         ({"variants": {"a": {"overides": {}}}}, "variants.a.overides: unknown key; did you mean overrides?"),
+        ({"variants": {"none": {"override": {}}}}, "variants.none.override: unknown key; did you mean overrides?"),
         ({"variants": {"a": {"trainer": "keras"}}}, "variants.a.trainer: input should be 'safe_lab' or 'transformers'"),
         ({"variants": {}}, "variants: "),
         ({"repetitions": 0}, "repetitions: "),

@@ -9,7 +9,15 @@ import transformers
 from tiny import FAMILIES, save_tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from safe_lab.model import build_skeleton, check_length, load_config, load_model, load_tokenizer, num_positions
+from safe_lab.model import (
+    _tell_stand_in,
+    build_skeleton,
+    check_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    num_positions,
+)
 from safe_lab.shapes import SHAPES
 
 TASK = {"num_labels": 3, "regression": False, "pad_token_id": 0}
@@ -85,6 +93,7 @@ def test_a_changed_configuration_leaves_the_shape_as_it_was():
 
 
 def test_a_shape_stands_in_for_a_hub_id_that_is_not_here_and_says_so(caplog):
+    _tell_stand_in.cache_clear()
     with caplog.at_level(logging.WARNING):
         config = load_config("FacebookAI/roberta-large", **TASK)
     assert (config.model_type, config.num_hidden_layers) == ("roberta", 24)

@@ -366,6 +366,18 @@ def test_where_nothing_fits_a_fit_says_what_the_least_is(tmp_path):
     assert fit.sentence == f"Nothing fits 1000 B: a single row takes {format_bytes(least)} at the least."
 
 
+def test_what_fits_only_once_frozen_is_no_advice(tmp_path):
+    config = build_config(save_config(tmp_path, num_hidden_layers=2), training__batch_size=1)
+    most = {depth: plan(config).rows[depth].peak_bytes for depth in (0, 2)}
+    budget = most[2] + 1
+    least_at_start = min(option.largest[0].peak_bytes for option in find_fit(config, 10**12).options)
+    if least_at_start <= budget:
+        budget = least_at_start - 1
+    fit = find_fit(config, budget)
+    assert fit.advice is None
+    assert "while nothing is frozen" in fit.sentence and "frozen units on" in fit.sentence
+
+
 def test_the_search_finds_the_last_that_fits():
     random.seed(0)
     for _ in range(200):

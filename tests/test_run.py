@@ -31,6 +31,7 @@ CLOCK = tuple(
     for name in (
         "wall_seconds",
         "seconds",
+        "cpu_seconds",
         "tokens_per_second",
         "joules",
         "host_",

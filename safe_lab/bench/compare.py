@@ -22,9 +22,11 @@ class Comparison:
         baseline: Variant that ratios are taken to.
         variants: Variant -> figure -> one value a repetition; None where the training failed or there is no such meter.
         ratios: Variant -> figure -> ``median``, ``min`` and ``max`` of the ratios to the baseline, each within its repetition.
-        same_curve: Variants that do the baseline's arithmetic, so that their loss curves ought to be the baseline's.
+        same_curve: Variants that do the baseline's arithmetic, so that their loss curves ought to be the baseline's, as far
+            as both have been measured.
         loss_curve_difference: Largest difference between a row of the baseline's training loss and the same row of theirs;
             None if there is nothing to compare.
+        num_loss_rows: How many rows of the training loss were compared.
         failures: Variant, repetition and reason of each training that failed.
         complete: Every training that was asked for has been made, and none failed.
     """
@@ -34,6 +36,7 @@ class Comparison:
     ratios: Mapping[str, Mapping[str, Ratio]]
     same_curve: Sequence[str]
     loss_curve_difference: float | None
+    num_loss_rows: int
     failures: Sequence[Mapping[str, Any]]
     complete: bool
 
@@ -55,10 +58,10 @@ def compare(bench: Bench, measurements: Sequence[Measurement]) -> Comparison:
         name: {figure: take_ratio(values[figure], variants[bench.baseline][figure]) for figure in FIGURES}
         for name, values in variants.items()
     }
-    same_curve = [name for name in bench.configs if name != bench.baseline and bench.repeats_baseline(name)]
-    differences = [
-        difference_of_losses(by_turn[name, i].losses, by_turn[bench.baseline, i].losses)
-        for name in same_curve
+    alike = [
+        (name, by_turn[name, i].losses, by_turn[bench.baseline, i].losses)
+        for name in bench.configs
+        if name != bench.baseline and bench.repeats_baseline(name)
         for i in repetitions
         if all(turn in by_turn and by_turn[turn].losses for turn in ((name, i), (bench.baseline, i)))
     ]
@@ -68,7 +71,16 @@ def compare(bench: Bench, measurements: Sequence[Measurement]) -> Comparison:
         if entry.failure
     ]
     complete = len(measurements) == len(bench.configs) * bench.settings.repetitions and not failures
-    return Comparison(bench.baseline, variants, ratios, same_curve, max(differences, default=None), failures, complete)
+    return Comparison(
+        baseline=bench.baseline,
+        variants=variants,
+        ratios=ratios,
+        same_curve=list(dict.fromkeys(name for name, _, _ in alike)),
+        loss_curve_difference=max((difference_of_losses(ours, theirs) for _, ours, theirs in alike), default=None),
+        num_loss_rows=sum(len(ours) for _, ours, _ in alike),
+        failures=failures,
+        complete=complete,
+    )
 
 
 def take_ratio(values: Sequence[float | None], baseline: Sequence[float | None]) -> Ratio:

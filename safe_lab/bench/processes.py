@@ -21,6 +21,7 @@ from safe_lab.run_folder import RunFolder, to_json
 FIGURES = (
     "metric",
     "wall_seconds",
+    "cpu_seconds",
     "tokens_per_second",
     "peak_bytes",
     "mean_bytes",
@@ -68,11 +69,13 @@ def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> It
         show: Called with a line about the running process, again and again, and once more, with True, when it has ended.
 
     Yields:
-        A measurement as soon as it is made. Closing the iterator, or Ctrl-C, ends the running process.
+        A measurement as soon as it is made; after a first repetition in which all failed, no more. Closing the iterator, or
+        Ctrl-C, ends the running process.
     """
     files = RunFolder(folder / "processes")
     files.path.mkdir(parents=True, exist_ok=True)
     turns = [(repetition, variant) for repetition in range(bench.settings.repetitions) for variant in bench.configs]
+    failed = 0
     for number, (repetition, variant) in enumerate(turns, start=1):
         stem = f"{repetition}-{variant}"
         title = f"{number}/{len(turns)} {variant}, repetition {repetition}"
@@ -91,12 +94,16 @@ def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> It
             answer_path.unlink()
             outcome = f"metric {measurement.figures['metric']:.4f}, {measurement.figures['wall_seconds']:.1f} s"
         else:
-            failure = f"{_reason(process.returncode)}\n{_last_lines(files.path / f'{stem}.log', _LAST_LINES)}"
+            failure = f"{_reason(process.returncode)}\n{_cause(files.path / f'{stem}.log')}"
             measurement = Measurement(variant, repetition, {}, (), {}, {}, failure.strip())
-            outcome = f"failed, {_reason(process.returncode)}"
+            outcome = "failed, " + " ".join(failure.splitlines()[:2])
+        failed += bool(measurement.failure)
         files.write(f"{stem}.json", to_json(vars(measurement)))
         show(f"{title}: {outcome}", True)
         yield measurement
+        if failed == number == len(bench.configs) < len(turns):
+            show("every variant failed: there is no second repetition", True)
+            return
 
 
 @contextmanager
@@ -144,6 +151,7 @@ def _read_answer(variant: str, repetition: int, answer: Mapping[str, Any]) -> Me
     figures = {
         "metric": answer["metric"],
         "wall_seconds": wall_seconds,
+        "cpu_seconds": resources["cpu_seconds"],
         "tokens_per_second": answer["tokens"] / wall_seconds,
         "peak_bytes": resources["memory_peak_bytes"],
         "mean_bytes": resources["memory_mean_bytes"],
@@ -163,6 +171,13 @@ def _reason(code: int) -> str:
         return f"exit code {code}"
     name = signal.Signals(-code).name
     return f"ended by {name}" + (" (was memory short?)" if name == "SIGKILL" else "")
+
+
+def _cause(log: Path) -> str:
+    """Why a process ended: what it said of it, or the last lines of its log."""
+    lines = _last_lines(log, _LAST_LINES)
+    said = [line for line in lines.splitlines() if line.startswith("stopped: ")]
+    return said[-1] if said else lines
 
 
 def _last_lines(path: Path, count: int) -> str:

@@ -18,6 +18,7 @@ from safe_lab.bench.processes import FIGURES
 _SHOWN = {
     "metric": ("", 1, 4),
     "wall_seconds": ("s", 1, 1),
+    "cpu_seconds": ("s", 1, 1),
     "tokens_per_second": ("", 1, 0),
     "peak_bytes": ("MiB", 2**20, 1),
     "mean_bytes": ("MiB", 2**20, 1),
@@ -56,7 +57,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     if comparison.loss_curve_difference is not None:
         console.print(
             f"loss curves of {comparison.baseline} and {', '.join(comparison.same_curve)}: "
-            f"largest difference in a logged row {comparison.loss_curve_difference:.1e}"
+            f"largest difference {comparison.loss_curve_difference:.1e}, in {comparison.num_loss_rows} logged rows"
         )
     for failure in comparison.failures:
         title = f"{failure['variant']}, repetition {failure['repetition']}: {failure['failure']}"

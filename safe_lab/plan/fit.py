@@ -67,7 +67,7 @@ class Fit:
         batch_size: Micro-batch as configured.
         rows_per_step: Examples of an optimizer step, which stay.
         options: What fits, by dtype and checkpointing.
-        advice: The option to take; None: nothing fits.
+        advice: The option to take; None: nothing fits while nothing is frozen, as in the first epochs of every run.
         sentence: The advice in words.
     """
 
@@ -86,8 +86,8 @@ class Fit:
 def find_fit(config: Config, budget_bytes: int) -> Fit:
     """Measure what fits: each answer was seen to fit, and one row more, or one unit less frozen, was seen not to.
 
-    The advice keeps the numerics first (the dtype as configured) and then the speed (no recomputation), as long as a
-    single row fits with nothing frozen; only where none does is it for a later stage of the run.
+    The advice keeps the numerics first (the dtype as configured) and then the speed (no recomputation). It is for frozen
+    depth 0, where every run begins; where not even a single row fits there, there is no advice.
 
     Args:
         config: The run. Its micro-batch times its accumulation stays the most that a micro-batch can be.
@@ -106,15 +106,15 @@ def find_fit(config: Config, budget_bytes: int) -> Fit:
             options.append(option)
             if candidate is not None:
                 candidates.append(candidate)
-    # Of several for the same depth, the first.
-    advice = min(candidates, key=lambda candidate: candidate.frozen_depth, default=None)
+    advice = next((candidate for candidate in candidates if candidate.frozen_depth == 0), None)
+    later = min(candidates, key=lambda candidate: candidate.frozen_depth, default=None)
     return Fit(
         budget_bytes=budget_bytes,
         batch_size=config.training.batch_size,
         rows_per_step=rows_per_step,
         options=tuple(options),
         advice=advice,
-        sentence=_advise(advice, options, rows_per_step, budget_bytes),
+        sentence=_advise(advice, later, options, rows_per_step, budget_bytes),
     )
 
 
@@ -199,15 +199,27 @@ def _rows_per_step(config: Config) -> int:
     return config.training.batch_size * config.training.gradient_accumulation
 
 
-def _advise(advice: Advice | None, options: Sequence[Option], rows_per_step: int, budget_bytes: int) -> str:
+def _advise(
+    advice: Advice | None, later: Advice | None, options: Sequence[Option], rows_per_step: int, budget_bytes: int
+) -> str:
     budget = format_bytes(budget_bytes)
-    if advice is None:
+    if later is None:
         least = min(largest.peak_bytes for option in options for largest in option.largest)
         return f"Nothing fits {budget}: a single row takes {format_bytes(least)} at the least."
-    frozen = f"{advice.frozen_depth} units from the input frozen" if advice.frozen_depth else "nothing frozen"
+    if advice is None:
+        return (
+            f"Nothing fits {budget} while nothing is frozen, as at the start of every run; {_describe(later)} would fit from "
+            f"{later.frozen_depth} frozen units on."
+        )
     return (
-        f"To fit {budget}: model.dtype={advice.dtype} "
-        f"model.gradient_checkpointing={str(advice.gradient_checkpointing).lower()} "
-        f"training.batch_size={advice.batch_size} training.gradient_accumulation={advice.gradient_accumulation} "
-        f"peaks at {format_bytes(advice.peak_bytes)} with {frozen}; a step keeps its {rows_per_step} examples."
+        f"To fit {budget}: {_describe(advice)} peaks at {format_bytes(advice.peak_bytes)} with nothing frozen, which leaves "
+        f"{format_bytes(budget_bytes - advice.peak_bytes)} for what is not in the figures; a step keeps its {rows_per_step} "
+        "examples."
+    )
+
+
+def _describe(advice: Advice) -> str:
+    return (
+        f"model.dtype={advice.dtype} model.gradient_checkpointing={str(advice.gradient_checkpointing).lower()} "
+        f"training.batch_size={advice.batch_size} training.gradient_accumulation={advice.gradient_accumulation}"
     )

@@ -51,6 +51,7 @@ def print_tables(plan: Plan, fit: Fit | None, console: Console) -> None:
     if fit is not None:
         console.print(_fit_table(fit))
         _say(console, fit.sentence)
+        _say(console, f"A micro-batch has {fit.rows_per_step} examples at the most here: training.batch_size sets it.")
     for note in plan.notes:
         _say(console, note)
 
@@ -78,6 +79,11 @@ def _cells(option: Option) -> list[str]:
     return [
         option.dtype,
         "on" if option.gradient_checkpointing else "off",
-        *(f"{largest.batch_size} ({format_bytes(largest.peak_bytes)})" for largest in option.largest),
+        *(
+            f"{largest.batch_size} ({format_bytes(largest.peak_bytes)})"
+            if largest.batch_size
+            else f"- (1 takes {format_bytes(largest.peak_bytes)})"
+            for largest in option.largest
+        ),
         "none" if option.smallest_frozen_depth is None else str(option.smallest_frozen_depth),
     ]

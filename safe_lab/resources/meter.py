@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,11 +80,14 @@ class Meter:
         self._spans: list[tuple[Mapping[str, float], int, Any, Any]] = []
         self._held: dict[str, int] = {}
         self._idle_since = clock.mark()
+        # CPU seconds of earlier parts of the run, and where this process's began.
+        self._cpu_seconds, self._cpu_began = 0.0, time.process_time()
 
     def begin(self) -> None:
         """Training begins: from here on live bytes are averaged over time."""
         self.clock.switch("other")
         self._idle_since = self.clock.mark()
+        self._cpu_began = time.process_time()
 
     def keep(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
         """Count what ``tensors`` gives, at the moment, as ``cache``: what is kept beside the model and its optimizer."""
@@ -153,12 +157,12 @@ class Meter:
         Keys lack the group ``resources/``; see docs/run_folder.md.
         """
         seconds = self._read()
-        highest, _ = max(self._recent, key=lambda entry: entry[0].peak_bytes)
+        highest, traced = max(self._recent, key=lambda entry: entry[0].peak_bytes)
         row: dict[str, Any] = {
             "step_memory_peak_bytes": highest.peak_bytes,
             "step_memory_mean_bytes": sum(trace.mean_bytes for trace, _ in self._recent) / len(self._recent),
             **{f"step_memory/{kind}_bytes": highest.peak[kind] for kind in KINDS},
-            "step_traced": all(traced for _, traced in self._recent),
+            "step_traced": traced,
             "memory_peak_bytes": self._peak.bytes,
             "memory_mean_bytes": self._mean(sum(self._byte_seconds.values()), self._span_seconds),
             **{f"flops/{phase}": flops for phase, flops in self._flops_so_far().items()},
@@ -176,6 +180,7 @@ class Meter:
         return {
             "wall_seconds": sum(seconds.values()),
             "seconds": seconds,
+            "cpu_seconds": self._cpu_so_far,
             "joules": self.energy.joules,
             "flops": sum(flops.values()),
             "flops_by_phase": flops,
@@ -198,6 +203,7 @@ class Meter:
         """Everything that later figures stand on: plain values."""
         return {
             "seconds": self._read(),
+            "cpu_seconds": self._cpu_so_far,
             "joules": self.energy.joules,
             "traces": [(situation, shape, asdict(trace)) for (situation, shape), trace in self._traces.items()],
             "visits": dict(self._visits),
@@ -215,6 +221,7 @@ class Meter:
         """Go on from :meth:`state_dict`; what this process has spent so far is counted on top."""
         self.clock.add(state["seconds"])
         self.energy.add(state["joules"])
+        self._cpu_seconds = state["cpu_seconds"]
         self._traces = {(tuple(situation), tuple(shape)): Trace(**trace) for situation, shape, trace in state["traces"]}
         self._estimate = None
         self._visits = Counter(state["visits"])
@@ -228,6 +235,10 @@ class Meter:
         self._recent = [(Trace(**trace), traced) for trace, traced in state["recent"]]
         self._spans.clear()
         self._idle_since = self.clock.mark()
+
+    @property
+    def _cpu_so_far(self) -> float:
+        return self._cpu_seconds + time.process_time() - self._cpu_began
 
     def _wants_trace(self, situation: Any, shape: Shape) -> bool:
         examples, length = shape
