@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from safe_lab.suggest import did_you_mean
@@ -24,7 +25,7 @@ def parse_bytes(text: str) -> int:
     """
     number, unit = re.match(r"\s*([\d.]*)\s*(.*?)\s*$", text, re.DOTALL).groups()  # type: ignore[union-attr]
     units = {name.lower(): size for name, size in _UNITS.items()}
-    if not re.fullmatch(r"\d+\.?\d*|\.\d+", number) or float(number) == 0:
+    if not re.fullmatch(r"\d+\.?\d*|\.\d+", number) or not 0 < float(number) < math.inf:
         raise ValueError(f"{text!r} is no size: a positive number with a unit is needed, such as 24GiB, 800MiB or 24GB")
     if not unit:
         raise ValueError(f"{text!r} has no unit: is {number}GiB meant?")

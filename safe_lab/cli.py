@@ -215,7 +215,11 @@ def bench(arguments: Sequence[str]) -> int:
             else:
                 status.update(escape(line[: errors.width - 4]))
 
-        comparison = benches.run(settings, folder, command=["safe-lab", "bench", *arguments], show=show)
+        try:
+            comparison = benches.run(settings, folder, command=["safe-lab", "bench", *arguments], show=show)
+        except OSError as error:
+            print(f"stopped: {error}; what was measured before is in {folder}", file=sys.stderr)
+            return 1
     if chosen.json:
         print(benches.to_json(comparison))
     else:

@@ -31,8 +31,6 @@ FROZEN_DEPTH = "freezing/frozen_depth"
 TRAINABLE = "freezing/trainable_parameters"
 WALL_SECONDS = "resources/wall_seconds"
 TOKENS_PER_SECOND = "resources/tokens_per_second"
-HOST_MEMORY = "resources/host_memory_peak_bytes"
-DEVICE_MEMORY = "resources/device_memory_peak_bytes"
 # Each figure of Meter.recent while training, and of result.json's "resources" in a tracker's summary.
 RESOURCES = "resources/{name}"
 # <split>/<metric> for each validation split and task metric, e.g. validation/accuracy: see evaluation.metric_key.

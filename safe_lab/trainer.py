@@ -21,7 +21,7 @@ from safe_lab.data import EpochBatchSampler, Task
 from safe_lab.evaluation import evaluate, metric_key
 from safe_lab.freezing import Freezer
 from safe_lab.importance.probe import Batch, LossFunction
-from safe_lab.resources import TRAINING, Meter, host_memory_peak_bytes
+from safe_lab.resources import TRAINING, Meter
 from safe_lab.rng import get_rng_state, set_rng_state
 from safe_lab.run_folder import RunFolder, RunFolderError
 from safe_lab.tracking import Tracking
@@ -334,8 +334,6 @@ class Trainer:
             ),
             tracking.WALL_SECONDS: sum(self._clock.read().values()),
             tracking.TOKENS_PER_SECOND: (tokens - tokens_before) / (seconds - seconds_before),
-            tracking.HOST_MEMORY: host_memory_peak_bytes(),
-            tracking.DEVICE_MEMORY: torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             **{tracking.RESOURCES.format(name=name): value for name, value in resources.items()},
         }
         with self._clock.on("tracking"):

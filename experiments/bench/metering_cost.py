@@ -21,7 +21,7 @@ class NoLedger:
     """In the place of the ledger: sees nothing, costs nothing."""
 
     nothing = dict.fromkeys(KINDS, 0)
-    trace = Trace(0, nothing, nothing, nothing, {"forward": 0, "backward": 0}, 0.0)
+    trace = Trace(0, nothing, nothing, nothing, nothing, {"forward": 0, "backward": 0}, 0.0)
 
     def __init__(self, *arguments, **options):
         pass

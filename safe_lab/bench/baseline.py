@@ -173,18 +173,18 @@ class MeteredTrainer(transformers.Trainer):
         self._micro_step.close()
 
     def loss_curve(self, every: int) -> list[tuple[int, float]]:
-        """Mean loss over each ``every`` steps and over the rest, by the last of the steps.
+        """Mean loss of the micro-steps of each ``every`` steps and of the rest, by the last of the steps.
 
         Raises:
             FloatingPointError: A loss is NaN or infinite, which Trainer's own log hides (``logging_nan_inf_filter``).
         """
-        by_step = [0.0] * self.state.global_step
+        spans: dict[int, list[float]] = {}
         for step, loss in self._losses:
-            by_step[step - 1] += float(loss)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {float(loss)} at step {step}")
-        spans = [by_step[start : start + every] for start in range(0, len(by_step), every)]
-        return [(min((i + 1) * every, len(by_step)), sum(span) / len(span)) for i, span in enumerate(spans)]
+            logged_at = min(math.ceil(step / every) * every, self.state.global_step)
+            spans.setdefault(logged_at, []).append(float(loss))
+        return [(step, sum(span) / len(span)) for step, span in spans.items()]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -207,8 +207,11 @@ class _MeterCallback(TrainerCallback):
         clock, energy = Clock(args.device, "other"), EnergyMeter(args.device)
         self._trainer.meter = Meter(clock, energy, parts["model"], parts["optimizer"])
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: Any, *_: Any, **__: Any) -> None:
         self._trainer.end_micro_step()
+        if state.global_step % args.logging_steps == 0:
+            # As a run does for its row, which keeps the meter from remembering every step.
+            self._trainer.meter.recent()
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         self._trainer.end_micro_step()

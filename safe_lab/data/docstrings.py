@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safe_lab.data.tasks import LIBRARIES
+
 if TYPE_CHECKING:
     import datasets
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef
 
-LIBRARIES = ("networkx", "pandas", "scipy", "sqlalchemy", "sympy", "transformers")
 # A small train split on purpose: with thousands of texts a bag of words learns the libraries' vocabulary, and what a
 # pre-trained encoder knows already no longer shows.
 SPLIT_SIZES = {"train": 720, "validation": 600, "test": 600}

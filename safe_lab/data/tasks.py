@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+# The labels of the built-in data set, ``docstrings``.
+LIBRARIES = ("networkx", "pandas", "scipy", "sqlalchemy", "sympy", "transformers")
 _ONE_VALIDATION = MappingProxyType({"validation": "validation"})
 
 
@@ -81,7 +83,7 @@ _ALL = (
     _glue("wnli", _PAIR, ("not_entailment", "entailment"), ("accuracy",)),
     Task("classification", "classification", "text", None, "label", None, ("accuracy", "macro_f1"), "accuracy"),
     Task("regression", "regression", "text", None, "label", None, ("pearson", "spearman"), "pearson"),
-    Task("docstrings", "classification", "text", None, "label", None, ("accuracy", "macro_f1"), "accuracy"),
+    Task("docstrings", "classification", "text", None, "label", LIBRARIES, ("accuracy", "macro_f1"), "accuracy"),
 )
 
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})

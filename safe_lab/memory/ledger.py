@@ -55,6 +55,7 @@ class Trace:
             rest: results that die within their pass, gradients of activations, the batch).
         mean: Bytes by kind, averaged over the time that operators ran.
         held: Bytes by kind live on entering.
+        left: Bytes by kind live on leaving.
         flops: Floating-point operations by phase, ``forward`` and ``backward`` (recomputation is in the latter); a
             multiply-add counts as two.
         seconds: Time that operators ran.
@@ -64,6 +65,7 @@ class Trace:
     peak: dict[str, int]
     mean: dict[str, float]
     held: dict[str, int]
+    left: dict[str, int]
     flops: dict[str, int]
     seconds: float
 
@@ -197,7 +199,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         began = time.perf_counter()
         result = func(*args, **kwargs)
         if self._on_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._parameters[0].device)
         self._clock.append(self._clock[-1] + time.perf_counter() - began)
         self._moment += 1
         in_backward = torch._C._current_graph_task_id() != -1
@@ -263,7 +265,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _summarize(self) -> Trace:
         moments = self._moment
         total_seconds = self._clock[-1]
-        peak, held = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+        peak, held, left = (dict.fromkeys(KINDS, 0) for _ in range(3))
         mean = dict.fromkeys(KINDS, 0.0)
         for entry in self._storages:
             kind = entry.kind or self._kind_of(entry)
@@ -271,11 +273,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 peak[kind] += entry.nbytes
             if entry.born == 0:
                 held[kind] += entry.nbytes
+            if entry.died is None:
+                left[kind] += entry.nbytes
             # It lives from the operator that made it to the end of the last that ran while it lived.
             died = moments if entry.died is None else entry.died
             lived = self._clock[died] - self._clock[max(entry.born - 1, 0)]
             mean[kind] += entry.nbytes * (lived / total_seconds if total_seconds else 1.0)
-        return Trace(self._peak[0], peak, mean, held, dict(self._flops), total_seconds)
+        return Trace(self._peak[0], peak, mean, held, left, dict(self._flops), total_seconds)
 
     def _kind_of(self, entry: _Storage) -> str:
         if entry.region < 0:

@@ -93,6 +93,9 @@ def _build(config: Config, mode: FakeTensorMode | None) -> Subject:
     if mode is not None:
         to_fake(model, mode)
 
+    task = TASKS[config.data.task]
+    if task.kind == "classification" and not (config.data.labels or task.labels):
+        notes = (*notes, "2 labels are assumed, as only the data tell how many there are: set data.labels.")
     text = base.config.get_text_config()
 
     def make_batch(rows: int) -> dict[str, Tensor]:

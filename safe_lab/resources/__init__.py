@@ -1,6 +1,6 @@
 """What a run costs: seconds by activity, joules, live bytes and FLOPs."""
 
 from safe_lab.resources.clock import ACTIVITIES, TRAINING, Clock, EnergyMeter
-from safe_lab.resources.meter import FLOP_PHASES, Meter, host_memory_peak_bytes
+from safe_lab.resources.meter import FLOP_PHASES, Meter
 
-__all__ = ["ACTIVITIES", "FLOP_PHASES", "TRAINING", "Clock", "EnergyMeter", "Meter", "host_memory_peak_bytes"]
+__all__ = ["ACTIVITIES", "FLOP_PHASES", "TRAINING", "Clock", "EnergyMeter", "Meter"]

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +41,7 @@ class Clock:
 
     def __init__(self, device: torch.device, activity: str = "setup") -> None:
         """Begin with ``activity``, on the clock of ``device``."""
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
         self._activity, self._since = activity, self.mark()
         self._unread: list[tuple[str, Any, Any]] = []
@@ -65,13 +64,13 @@ class Clock:
 
     def each(self, activity: str, items: Iterable[Item]) -> Iterator[Item]:
         """The items; waiting for each is booked on ``activity``."""
-        iterator = iter(items)
+        iterator, nothing = iter(items), object()
         while True:
             with self.on(activity):
-                item = list(islice(iterator, 1))
-            if not item:
+                item = next(iterator, nothing)
+            if item is nothing:
                 return
-            yield item[0]
+            yield item  # type: ignore[misc]
 
     def move(self, source: str, target: str, seconds: float) -> None:
         """Book ``seconds`` that were booked on ``source`` on ``target`` instead."""
@@ -82,7 +81,7 @@ class Clock:
         """Seconds by activity up to now; on CUDA this waits for the device."""
         self.switch(self._activity)
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         for activity, began, ended in self._unread:
             self._seconds[activity] += self.between(began, ended)
         self._unread.clear()
@@ -98,7 +97,7 @@ class Clock:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def between(self, began: Any, ended: Any) -> float:

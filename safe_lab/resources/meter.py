@@ -36,11 +36,11 @@ class Meter:
     r"""Bytes and FLOPs of a run, from micro-steps that are traced and others that are scaled from them.
 
     A micro-step is traced if, since the last change (:meth:`changed`), none of its situation (first and last of its optimizer
-    step, optimizer state there or not) and class of tokens (from one power of two to the next) was; if it has more tokens than
-    any traced; and until three lengths are traced. The others carry the figures of the traced one of their situation that is
-    nearest in size, with activations and temporaries scaled by the tokens, padding included. FLOPs of a length that was not
-    traced follow exactly from three that were, wherever they are :math:`b (\alpha n + \beta n^2 + \gamma)` in b examples of n
-    tokens, as a Transformer's are; otherwise they are scaled too.
+    step, optimizer state there or not) and class of tokens (from one power of two to the next) was; if it is longer than any
+    traced with as many examples; and until three lengths are traced. The others carry the figures of the traced one of their
+    situation that is nearest in size, with activations and temporaries scaled by the tokens, padding included. FLOPs of a
+    shape that was not traced follow exactly from those that were, as :func:`~safe_lab.resources.flops.fit_flops` tells, or are
+    scaled too.
 
     Attributes:
         clock: Seconds by activity.
@@ -80,11 +80,16 @@ class Meter:
         self._spans: list[tuple[Mapping[str, float], int, Any, Any]] = []
         self._held: dict[str, int] = {}
         self._idle_since = clock.mark()
+        self._device = next(model.parameters()).device
+        self._earlier_peaks: dict[str, int | None] = {}
+        if self._device.type == "cuda":
+            # Of this run alone, were there others in the process before.
+            torch.cuda.reset_peak_memory_stats(self._device)
         # CPU seconds of earlier parts of the run, and where this process's began.
         self._cpu_seconds, self._cpu_began = 0.0, time.process_time()
 
     def begin(self) -> None:
-        """Training begins: from here on live bytes are averaged over time."""
+        """Training begins: the rest of the setup has no part in the mean over time."""
         self.clock.switch("other")
         self._idle_since = self.clock.mark()
         self._cpu_began = time.process_time()
@@ -118,8 +123,6 @@ class Meter:
         self._num_micro_steps["traced" if wanted else "scaled"] += 1
         self._recent.append((trace, wanted))
         self._account(trace, "training", began)
-        if last:
-            self._held["gradients"] = 0
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
@@ -134,7 +137,7 @@ class Meter:
                 trace = self._evaluation
                 now = {**self._held, **{kind: trace.peak[kind] for kind in _BY_TOKEN}}
                 mean = {**self._held, **{kind: trace.mean[kind] for kind in _BY_TOKEN}}
-                trace = replace(trace, peak=now, peak_bytes=sum(now.values()), mean=mean, held=self._held)
+                trace = replace(trace, peak=now, peak_bytes=sum(now.values()), mean=mean, left=self._held)
             else:
                 with Ledger(self._model, self._optimizer, cache=self._cache()) as ledger:
                     yield
@@ -157,7 +160,10 @@ class Meter:
         Keys lack the group ``resources/``; see docs/run_folder.md.
         """
         seconds = self._read()
+        if not self._recent:
+            raise RuntimeError("there has been no micro-step since the last row")
         highest, traced = max(self._recent, key=lambda entry: entry[0].peak_bytes)
+        peaks = self._process_peaks()
         row: dict[str, Any] = {
             "step_memory_peak_bytes": highest.peak_bytes,
             "step_memory_mean_bytes": sum(trace.mean_bytes for trace, _ in self._recent) / len(self._recent),
@@ -168,6 +174,8 @@ class Meter:
             **{f"flops/{phase}": flops for phase, flops in self._flops_so_far().items()},
             **{f"seconds/{activity}": value for activity, value in seconds.items()},
             "joules": self.energy.joules,
+            "host_memory_peak_bytes": peaks["host_memory_peak_bytes"],
+            "device_memory_peak_bytes": peaks["device_allocated_peak_bytes"],
         }
         self._recent.clear()
         return row
@@ -176,7 +184,6 @@ class Meter:
         """What the run came to: the ``resources`` of result.json, whose keys docs/run_folder.md explains."""
         seconds = self._read()
         flops = self._flops_so_far()
-        cuda = torch.cuda.is_available()
         return {
             "wall_seconds": sum(seconds.values()),
             "seconds": seconds,
@@ -194,9 +201,7 @@ class Meter:
             "memory_mean_step_peak_bytes": self._mean(self._step_peak_byte_seconds, self._step_seconds),
             "traced_micro_steps": self._num_micro_steps["traced"],
             "scaled_micro_steps": self._num_micro_steps["scaled"],
-            "host_memory_peak_bytes": host_memory_peak_bytes(),
-            "device_allocated_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-            "device_reserved_peak_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+            **self._process_peaks(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,6 +219,7 @@ class Meter:
             "byte_seconds": dict(self._byte_seconds),
             "spans": (self._step_peak_byte_seconds, self._step_seconds, self._span_seconds),
             "num_micro_steps": self._num_micro_steps,
+            "process_peaks": self._process_peaks(),
             "recent": [(asdict(trace), traced) for trace, traced in self._recent],
         }
 
@@ -222,6 +228,7 @@ class Meter:
         self.clock.add(state["seconds"])
         self.energy.add(state["joules"])
         self._cpu_seconds = state["cpu_seconds"]
+        self._earlier_peaks = state["process_peaks"]
         self._traces = {(tuple(situation), tuple(shape)): Trace(**trace) for situation, shape, trace in state["traces"]}
         self._estimate = None
         self._visits = Counter(state["visits"])
@@ -236,6 +243,19 @@ class Meter:
         self._spans.clear()
         self._idle_since = self.clock.mark()
 
+    def _process_peaks(self) -> dict[str, int | None]:
+        """What system and allocator saw, over all parts of the run; None where there is no such device."""
+        cuda = self._device.type == "cuda"
+        peaks = {
+            "host_memory_peak_bytes": host_memory_peak_bytes(),
+            "device_allocated_peak_bytes": torch.cuda.max_memory_allocated(self._device) if cuda else None,
+            "device_reserved_peak_bytes": torch.cuda.max_memory_reserved(self._device) if cuda else None,
+        }
+        return {
+            name: None if peak is None else max(peak, self._earlier_peaks.get(name) or 0)
+            for name, peak in peaks.items()
+        }
+
     @property
     def _cpu_so_far(self) -> float:
         return self._cpu_seconds + time.process_time() - self._cpu_began
@@ -243,10 +263,12 @@ class Meter:
     def _wants_trace(self, situation: Any, shape: Shape) -> bool:
         examples, length = shape
         tokens = examples * length
-        alike = [known[0] * known[1] for where, known in self._traces if where == situation]
-        new_class = all(known.bit_length() != tokens.bit_length() for known in alike)
+        alike = [known for where, known in self._traces if where == situation]
+        new_class = all((known[0] * known[1]).bit_length() != tokens.bit_length() for known in alike)
+        # Attention grows with the square of the length, so that few long examples are compared with as many.
+        longest = max((known[1] for known in alike if known[0] == examples), default=0)
         lengths = {known[1] for _, known in self._traces}
-        return new_class or tokens > max(alike) or (len(lengths) < 3 and length not in lengths)
+        return new_class or length > longest or (len(lengths) < 3 and length not in lengths)
 
     def _scaled(self, situation: Any, shape: Shape) -> Trace:
         """The nearest traced step's figures at another number of tokens, and with what is kept by now."""
@@ -259,12 +281,13 @@ class Meter:
         kept = {"cache": self._count_kept()}
         peak = {kind: round(n * factor) if kind in _BY_TOKEN else n for kind, n in near.peak.items()} | kept
         mean = {kind: n * factor if kind in _BY_TOKEN else n for kind, n in near.mean.items()} | kept
-        return replace(near, peak_bytes=sum(peak.values()), peak=peak, mean=mean, held=near.held | kept)
+        return replace(near, peak_bytes=sum(peak.values()), peak=peak, mean=mean, left=near.left | kept)
 
     def _account(self, trace: Trace, activity: str, began: Any) -> None:
         if trace.peak_bytes > self._peak.bytes:
             self._peak = _Peak(trace.peak_bytes, dict(trace.peak), activity)
-        self._held = {**trace.held, "temporary": 0}
+        # What is temporary and still there, the loss and the batch, is about to go.
+        self._held = {**trace.left, "temporary": 0}
         self._idle_since = self.clock.mark()
         self._spans.append((trace.mean, trace.peak_bytes if activity == "training" else 0, began, self._idle_since))
 
@@ -279,8 +302,7 @@ class Meter:
         return [tensor for tensors in self._kept for tensor in tensors()]
 
     def _count_kept(self) -> int:
-        device = next(self._model.parameters()).device.type
-        return sum(tensor.nbytes for tensor in self._cache() if tensor.device.type == device)
+        return sum(tensor.nbytes for tensor in self._cache() if tensor.device.type == self._device.type)
 
     def _read(self) -> dict[str, float]:
         seconds = self.clock.read()

@@ -4,7 +4,8 @@ from collections import Counter
 import pytest
 
 from safe_lab.data import docstrings as subject
-from safe_lab.data.docstrings import LIBRARIES, Paragraph, baselines, drop_near_duplicates, load_docstrings, mask_names
+from safe_lab.data.docstrings import Paragraph, baselines, drop_near_duplicates, load_docstrings, mask_names
+from safe_lab.data.tasks import LIBRARIES
 
 SPLITS = ("train", "validation", "test")
 

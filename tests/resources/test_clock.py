@@ -10,34 +10,45 @@ from safe_lab.resources import Clock, EnergyMeter
 CPU = torch.device("cpu")
 
 
-def test_activities_add_up_to_the_wall_time():
-    began = time.perf_counter()
+@pytest.fixture
+def now(monkeypatch):
+    """The time, which goes on only as ``now[0]`` is raised."""
+    moment = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: moment[0])
+    return moment
+
+
+def test_activities_add_up_to_the_wall_time(now):
     clock = Clock(CPU)
+    now[0] += 5
     for _ in clock.each("data", range(20)):
         with clock.on("forward"):
-            time.sleep(0.001)
+            now[0] += 1
             with clock.on("tracking"):
-                time.sleep(0.001)
+                now[0] += 2
+            now[0] += 4
     clock.switch("other")
+    now[0] += 3
     seconds = clock.read()
-    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - began, rel=0.02)
-    assert seconds["forward"] >= 0.02 and seconds["tracking"] >= 0.02 and seconds["data"] > 0
+    assert sum(seconds.values()) == now[0] - 100
+    spent = {activity: value for activity, value in seconds.items() if value}
+    assert spent == {"setup": 5, "forward": 100, "tracking": 40, "other": 3}
 
 
-def test_waiting_for_an_item_is_booked_and_work_on_it_is_not():
+def test_waiting_for_an_item_is_booked_and_work_on_it_is_not(now):
     def slow():
         for i in range(3):
-            time.sleep(0.01)
+            now[0] += 10
             yield i
 
     clock = Clock(CPU, "other")
     items = []
     for item in clock.each("data", slow()):
-        time.sleep(0.02)
+        now[0] += 20
         items.append(item)
     seconds = clock.read()
     assert items == [0, 1, 2]
-    assert 0.03 <= seconds["data"] < 0.06 <= seconds["other"]
+    assert seconds["data"] == 30 and seconds["other"] == 60
 
 
 def test_an_exception_gives_the_activity_before_back():
@@ -47,13 +58,12 @@ def test_an_exception_gives_the_activity_before_back():
     assert clock.switch("data") == "other"
 
 
-def test_what_is_moved_is_taken_from_where_it_was():
+def test_what_is_moved_is_taken_from_where_it_was(now):
     clock = Clock(CPU, "scoring")
-    before = clock.read()["scoring"]
+    now[0] += 2
     clock.move("scoring", "freezing", 0.5)
-    after = clock.read()
-    assert after["freezing"] == 0.5
-    assert after["scoring"] == pytest.approx(before - 0.5, abs=0.1)
+    seconds = clock.read()
+    assert seconds["freezing"] == 0.5 and seconds["scoring"] == 1.5
 
 
 def test_an_earlier_part_of_the_run_counts():
@@ -85,7 +95,7 @@ class FakeEvent:
     def __init__(self, enable_timing):
         assert enable_timing
 
-    def record(self):
+    def record(self, stream):
         self.at = FakeEvent.stream
 
     def elapsed_time(self, other):
@@ -95,7 +105,8 @@ class FakeEvent:
 def test_on_cuda_an_activity_is_charged_for_the_work_it_queued(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(True))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     clock = Clock(torch.device("cuda"), "other")
     with clock.on("forward"):
         FakeEvent.stream += 1

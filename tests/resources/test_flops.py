@@ -26,9 +26,15 @@ def test_fewer_than_three_lengths_are_scaled_by_the_tokens():
     assert fit_flops({(4, 10): {"forward": 1000}, (4, 20): {"forward": 2400}})((4, 18)) == {"forward": 2160}
 
 
-def test_a_phase_that_breaks_the_rule_is_scaled_and_the_others_are_not():
-    # A constant that does not grow with the examples (DeBERTa's relative positions), seen at two sizes.
+def test_what_is_done_once_for_all_examples_is_found():
+    # DeBERTa's relative positions, seen at two numbers of examples.
     counted = known((32, 16), (32, 64), (32, 40), (8, 40), constant=10**6)
+    assert fit_flops(counted)((17, 50))["forward"] == transformer(17, 50, constant=10**6)
+
+
+def test_a_phase_that_breaks_the_rule_is_scaled_and_the_others_are_not():
+    counted = known((32, 16), (32, 64), (32, 40), (8, 40), (8, 64))
+    counted[8, 64]["forward"] += 1
     flops = fit_flops(counted)((32, 50))
     assert flops["backward"] == 2 * transformer(32, 50)
     assert flops["forward"] == round(counted[32, 40]["forward"] * 50 / 40)
