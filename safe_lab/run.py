@@ -209,6 +209,7 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
             reference_is_current=attached.initial is not None,
         )
     meter.keep(lambda: freezer.kept)
+    meter.keep(lambda: [*(attached.initial or {}).values(), *(tensor for batch in probe for tensor in batch.values())])
     trackers = start_trackers(
         **config.tracking.model_dump(),
         name=f"{config.name}/{config.variant}/seed-{config.seed}",

@@ -7,7 +7,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 
 from safe_lab import config as configuration
 from safe_lab.memory import KINDS, Trace
@@ -45,9 +44,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 fixed = [f"output_dir={folder}", "tracking.wandb=disabled", "training.save_every=never"]
                 config = configuration.load(path, [*overrides, *fixed])
-                began = time.process_time()
                 result = run(config)
-                seconds[traced] = time.process_time() - began - result.resources["seconds"]["setup"]
+                seconds[traced] = result.resources["cpu_seconds"]
                 steps = result.resources["traced_micro_steps"], result.steps
         ratios.append(seconds[True] / seconds[False])
         print(f"{seconds[True]:.2f} s traced, {seconds[False]:.2f} s not: {ratios[-1]:.4f}", file=sys.stderr)

@@ -51,8 +51,8 @@ class Trace:
         peak_bytes: Most bytes live after any operator.
         peak: Those bytes by kind: ``parameters``, ``buffers``, ``gradients`` (of parameters), ``optimizer`` (its state),
             ``activations`` (made outside the backward pass, or recomputed in it, and live when the backward pass goes on),
-            ``cache`` (what safe_lab keeps: best weights, references of a metric, cached activations), ``temporary`` (the
-            rest: results that die within their pass, gradients of activations, the batch).
+            ``cache`` (what is kept beside the model, as the caller says), ``temporary`` (the rest: results that die within
+            their pass, gradients of activations, the batch).
         mean: Bytes by kind, averaged over the time that operators ran.
         held: Bytes by kind live on entering.
         left: Bytes by kind live on leaving.

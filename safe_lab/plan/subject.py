@@ -17,8 +17,9 @@ from safe_lab.byte_size import format_bytes
 from safe_lab.config import AdapterSection, Config
 from safe_lab.data.tasks import TASKS
 from safe_lab.memory.predict import Rehearsal, count_bytes, make_full_batch, to_fake
-from safe_lab.model import build_skeleton, check_length, checkpoint_gradients
+from safe_lab.model import build_skeleton, check_length, checkpoint_gradients, named_shape
 from safe_lab.optimizer import build_optimizer
+from safe_lab.shapes import find_shape
 
 # Starts of LoRA that are computed from the weights; shapes, and so costs, are those of plain LoRA.
 _NEED_WEIGHTS = ("pissa", "olora", "corda", "loftq", "orthogonal")
@@ -96,6 +97,12 @@ def _build(config: Config, mode: FakeTensorMode | None) -> Subject:
     task = TASKS[config.data.task]
     if task.kind == "classification" and not (config.data.labels or task.labels):
         notes = (*notes, "2 labels are assumed, as only the data tell how many there are: set data.labels.")
+    if named_shape(config.model.path) is None and not base.config.name_or_path:
+        shape = find_shape(config.model.path)
+        notes = (
+            *notes,
+            f"The shape {shape} stands in for {config.model.path}, whose config.json is not on this machine.",
+        )
     text = base.config.get_text_config()
 
     def make_batch(rows: int) -> dict[str, Tensor]:
