@@ -219,7 +219,7 @@ def test_a_plan_of_code_that_reads_values_is_measured_with_random_weights(path, 
     own_code = {"HF_HOME": str(tmp_path / "home")}
     done = run_cli("plan", path, f"model.path={tmp_path}", "model.trust_remote_code=true", "--json", **own_code)
     assert done.returncode == 0, done.stderr
-    assert "Real steps were measured" in json.loads(done.stdout)["notes"][0]
+    assert any("Real steps were measured" in note for note in json.loads(done.stdout)["notes"])
     assert "Traceback" not in done.stderr
 
 
