@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from safe_lab import yaml_core
+from safe_lab.byte_size import parse_bytes
 from safe_lab.data.tasks import TASKS
 from safe_lab.importance import METRICS
 from safe_lab.policy import POLICIES
@@ -26,6 +27,17 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+def _check_bytes(size: str) -> str:
+    try:
+        parse_bytes(size)
+    except ValueError as error:
+        raise PydanticCustomError("size", str(error)) from None
+    return size
+
+
+ByteSize = Annotated[str, AfterValidator(_check_bytes)]
 
 
 def _metric_options() -> str:
@@ -210,6 +222,12 @@ class FreezingSection(Section):
         description="tau_T: from t_f on, units of lower score freeze (policy safe)",
     )
     final_share: Share = Field(0.5, description="share of the units frozen from t_f on (policies prefix and random)")
+    final_importance: Share = Field(
+        0.1, description="share of the total importance that may be frozen from t_f on (policy budget)"
+    )
+    budget_saves: Literal["flops", "bytes"] = Field(
+        "flops", description="what policy budget saves most of: FLOPs of a step, or bytes at its peak"
+    )
     refresh: bool = Field(True, description="score anew at each interval; false: keep the scores of the end of warm-up")
 
     @field_validator("policy")
@@ -245,6 +263,46 @@ class FreezingSection(Section):
         return self
 
 
+class SavingsSection(Section):
+    """What a frozen adapter is turned into."""
+
+    fold: bool = Field(True, description="merge a frozen adapter into a copy of its base weight")
+    fold_tolerance: Positive = Field(
+        1e-4,
+        description="largest relative change of an adapted layer's output by folding; beyond it (bfloat16) the adapter stays",
+    )
+    prefix: bool = Field(
+        True, description="run the layers below the frozen depth apart: once a batch, without a graph, in eval mode"
+    )
+    prefix_eval: bool = Field(
+        True, description="no dropout in the frozen prefix; false: it stays, and there is no cache"
+    )
+    cache: bool = Field(
+        True, description="keep the output of an eval-mode prefix for every example, and start later epochs from it"
+    )
+    cache_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype of cached activations; null: as computed, so that nothing changes"
+    )
+    cache_store: Literal["disk", "memory"] = Field("disk", description="a file in the run folder, or the host's memory")
+    cache_limit: ByteSize | None = Field(
+        None, description="most bytes of cached activations; what does not fit is computed; null: half of what is free"
+    )
+    keep_cache: bool = Field(False, description="leave the cache's file in the run folder at the end")
+
+
+class MemorySection(Section):
+    """How much memory there is."""
+
+    budget: ByteSize | None = Field(
+        None,
+        description="most live bytes: batches are split into micro-batches whose predicted peak fits, more rows as adapters "
+        "freeze, and gradients add up to the same batch; null: no limit",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in stages where not even one row fits the budget without"
+    )
+
+
 class TrackingSection(Section):
     """Where figures go besides the run folder."""
 
@@ -271,6 +329,8 @@ class Config(Section):
     adapter: AdapterSection = AdapterSection()
     training: TrainingSection = TrainingSection()
     freezing: FreezingSection = FreezingSection()
+    savings: SavingsSection = SavingsSection()
+    memory: MemorySection = MemorySection()
     tracking: TrackingSection = TrackingSection()
 
     @field_validator("name", "variant")
@@ -366,6 +426,13 @@ def warnings(config: Config) -> list[str]:
         found.append(
             "model.dtype is float16, where AdamW's epsilon is 0; training.mixed_precision: fp16 keeps float32 weights"
         )
+    savings, memory = config.savings, config.memory
+    if savings.keep_cache and not (savings.cache and savings.cache_store == "disk"):
+        found.append("savings.keep_cache has no effect without a cache on disk")
+    if memory.gradient_checkpointing and memory.budget is None:
+        found.append(
+            "memory.gradient_checkpointing has no effect without memory.budget; model.gradient_checkpointing is always on"
+        )
     if training.early_stopping and training.eval_every == "never":
         found.append("training.early_stopping has no effect with eval_every: never")
     return found
@@ -403,6 +470,7 @@ def _type_name(annotation: str) -> str:
         "Share": "float (0 to 1)",
         "Positive": "float (gt=0)",
         "NonNegative": "float (ge=0)",
+        "ByteSize": "size such as 6GiB",
         "None": "null",
     }.items():
         names = re.sub(rf"\b{short}\b", long, names)

@@ -51,6 +51,8 @@ class FreezingRule:
     stairs: int = 4
     final_threshold: float = 0.05
     final_share: float = 0.5
+    final_importance: float = 0.1
+    budget_saves: str = "flops"
     refresh: bool = True
 
     def __post_init__(self) -> None:
@@ -196,6 +198,11 @@ class Freezer:
     def frozen_depth(self) -> int:
         """Length of the frozen run of units from the input."""
         return frozen_depth(self._frozen, len(self.units))
+
+    @property
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """The weights that do not train any more; one that several units share is among them once all of these froze."""
+        return list(self._held)
 
     @property
     def kept(self) -> list[Tensor]:

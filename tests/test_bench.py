@@ -54,7 +54,12 @@ def path(tmp_path):
 def start(path, tree, *arguments):
     path.write_text(yaml_core.write(tree))
     command = [sys.executable, "-m", "safe_lab", "bench", str(path), "--output", str(path.parent / "out"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A suite started in the background of a shell ignores Ctrl-C, and its children inherit that.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def wait_for(condition, seconds=120):
