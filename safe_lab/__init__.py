@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safe_lab.adapters import attach, find_units
     from safe_lab.config import Config, load
+    from safe_lab.fold import fold, unfold
     from safe_lab.freezing import Freezer, FreezingRule, Scoring
     from safe_lab.importance import METRICS
     from safe_lab.memory import Ledger, Trace
+    from safe_lab.prefix import ActivationCache, Prefix
     from safe_lab.section import ConfigError
     from safe_lab.units import Unit
 
 _HOME = {
+    "ActivationCache": "prefix",
+    "Prefix": "prefix",
+    "fold": "fold",
+    "unfold": "fold",
     "attach": "adapters",
     "find_units": "adapters",
     "Config": "config",
@@ -32,17 +38,21 @@ _HOME = {
 
 __all__ = [
     "METRICS",
+    "ActivationCache",
     "Config",
     "ConfigError",
     "Freezer",
     "FreezingRule",
     "Ledger",
+    "Prefix",
     "Scoring",
     "Trace",
     "Unit",
     "attach",
     "find_units",
+    "fold",
     "load",
+    "unfold",
 ]
 
 

@@ -208,7 +208,7 @@ class FreezingSection(Section):
     stable_share: Positive = Field(
         0.05, description="relative change between two scorings under which a score counts as settled (warmup: stable)"
     )
-    final: Count = Field(6, description="t_f in intervals: the threshold is final_threshold from then on")
+    final: Count = Field(6, description="t_f in intervals: threshold, share or budget has its final value from then on")
     curve: str = Field(
         "cubic",
         description="how the threshold rises from t_w to t_f; "
@@ -388,7 +388,14 @@ def warnings(config: Config) -> list[str]:
     """What is allowed but will hardly be meant: settings that have no effect, or thresholds that decide nothing."""
     freezing, training = config.freezing, config.training
     found = []
-    if POLICIES[freezing.policy].uses_scores:
+    if POLICIES[freezing.policy].level == "importance":
+        if freezing.final_importance == 0:
+            found.append("freezing.final_importance is 0: only units without any importance can ever freeze")
+        if freezing.final_importance == 1:
+            found.append("freezing.final_importance is 1, all there is: all units freeze, at t_f at the latest")
+        if freezing.normalize == "max":
+            found.append("freezing.normalize: max has no effect: shares of importance are the same without")
+    if POLICIES[freezing.policy].level == "threshold":
         bounded = freezing.normalize != "none" or freezing.metric in ("cka", "random")
         if freezing.normalize == "none" and freezing.metric not in ("cka", "random", "depth"):
             found.append(

@@ -19,6 +19,7 @@ from rich.table import Table
 from safe_lab import tracking
 from safe_lab.byte_size import format_bytes
 from safe_lab.freezing import Freezer, Scoring
+from safe_lab.resources import TRAINING
 from safe_lab.units import Unit
 
 
@@ -67,8 +68,8 @@ class Console:
             f"epoch {epoch:5.2f}  {self._loss} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         )
 
-    def scored(self, scoring: Scoring, units: Sequence[Unit], epoch: float) -> None:
-        """A scoring was made; one line if something froze."""
+    def scored(self, scoring: Scoring, units: Sequence[Unit], epoch: float, effect: Mapping[str, int | None]) -> None:
+        """A scoring was made; if something froze, a line about that, and one about what it is turned into."""
         if not scoring.froze:
             return
         froze = ", ".join(
@@ -79,6 +80,9 @@ class Console:
             f"epoch {epoch:5.2f}  freeze at threshold {_number(scoring.level)}: {froze}; "
             f"frozen share {scoring.frozen_share:.0%}, frozen depth {scoring.frozen_depth} of {len(units)}"
         )
+        turned_into = _describe(effect)
+        if turned_into:
+            self.say(f"             {turned_into}")
 
     def stop(self) -> None:
         """Take the bar away."""
@@ -139,6 +143,8 @@ class Console:
 
     def _finish(self, result: Mapping[str, Any], folder: Path) -> None:
         self._show_resources(result["resources"])
+        if result["unfrozen_forecast"]:
+            self._show_savings(result["resources"], result["unfrozen_forecast"])
         self.say(f"files: {folder}  (adapter for PEFT: {folder / 'adapter'})")
 
     def _show_resources(self, resources: Mapping[str, Any]) -> None:
@@ -169,6 +175,50 @@ class Console:
             f"{resources['tokens_per_second']:.0f} tokens/s; {energy}; bytes and FLOPs traced on {traced} of "
             f"{traced + scaled} micro-steps, scaled on the others"
         )
+
+    def _show_savings(self, resources: Mapping[str, Any], forecast: Mapping[str, Any]) -> None:
+        """What the run cost beside what it would have, had nothing frozen."""
+        flops, seconds = resources["flops_by_phase"], resources["seconds"]
+        spent = {
+            "TFLOP": (resources["flops"] / 1e12, forecast["flops"] / 1e12, "{:.4g}"),
+            "seconds": (
+                sum(seconds[activity] for activity in (*TRAINING, "evaluation", "scoring", "freezing")),
+                forecast["seconds"],
+                "{:.1f}",
+            ),
+            "mean activations, MiB": (
+                resources["memory_mean_by_kind"]["activations"] / 2**20,
+                forecast["activations_mean_bytes"] / 2**20,
+                "{:.1f}",
+            ),
+            "mean live MiB": (resources["memory_mean_bytes"] / 2**20, forecast["memory_mean_bytes"] / 2**20, "{:.1f}"),
+            "peak live MiB": (resources["memory_peak_bytes"] / 2**20, forecast["memory_peak_bytes"] / 2**20, "{:.1f}"),
+        }
+        table = Table("", "this run", "unfrozen, forecast", "saved", title="savings", title_justify="left")
+        for name, (ours, unfrozen, form) in spent.items():
+            table.add_row(
+                name, form.format(ours), form.format(unfrozen), f"{1 - ours / unfrozen:.1%}" if unfrozen else "-"
+            )
+        self.rich.print(table)
+        self.say(
+            "The forecast is the part of the run before the first freeze event, carried on to the end; scoring and the making of "
+            f"the cache ({flops['scoring'] / 1e12:.3g} and {flops['cache'] / 1e12:.3g} TFLOP) are on this run's side."
+        )
+
+
+def _describe(effect: Mapping[str, int | None]) -> str:
+    """What freezing is turned into, in a sentence; empty if into nothing."""
+    parts = []
+    if effect["folded_layers"]:
+        parts.append(f"{effect['folded_layers']} adapter layers folded")
+    if effect["prefix_depth"]:
+        parts.append(f"{effect['prefix_depth']} layers skipped")
+    if effect["cached_examples"]:
+        size = format_bytes(effect["cache_bytes"] or 0)
+        parts.append(f"{effect['cached_examples']} examples cached behind layer {effect['cached_depth']} ({size})")
+    if effect["micro_batch_rows"]:
+        parts.append(f"micro-batches of {effect['micro_batch_rows']} rows or more")
+    return ", ".join(parts)
 
 
 def log_to(console: Console) -> None:

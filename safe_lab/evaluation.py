@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from safe_lab import memory
 from safe_lab.data import Task, compute_metrics
+from safe_lab.importance.probe import Batch
 
 
-def evaluate(accelerator: Accelerator, model: nn.Module, validation: Mapping[str, Any], task: Task) -> dict[str, float]:
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    validation: Mapping[str, Any],
+    task: Task,
+    *,
+    skipping: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
+    most_rows: Callable[[int], int] | None = None,
+) -> dict[str, float]:
     """Task metrics and mean loss on every validation split.
 
     Args:
@@ -20,6 +32,8 @@ def evaluate(accelerator: Accelerator, model: nn.Module, validation: Mapping[str
         model: The model; its train mode is restored.
         validation: Loader by name of the split.
         task: Names the metrics.
+        skipping: ``with skipping(batch): model(**batch)`` runs the model (:meth:`safe_lab.savings.Savings.skipping`).
+        most_rows: Rows of a given length that go through the model at once; None: a whole batch.
 
     Returns:
         ``<split>/<metric>`` -> value.
@@ -33,12 +47,12 @@ def evaluate(accelerator: Accelerator, model: nn.Module, validation: Mapping[str
     for split, batches in validation.items():
         outputs: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in batches:
-            with torch.no_grad():
-                output = model(**batch)
-            labels = batch["labels"]
-            outputs.append(
-                accelerator.gather_for_metrics((output.logits.float(), labels, output.loss.float().expand(len(labels))))
-            )
+            for part, _ in [(batch, 1.0)] if most_rows is None else memory.split(batch, most_rows):
+                with torch.no_grad(), skipping(part):
+                    output = model(**send_to_device(part, accelerator.device))
+                labels = part["labels"].to(accelerator.device)
+                found = (output.logits.float(), labels, output.loss.float().expand(len(labels)))
+                outputs.append(accelerator.gather_for_metrics(found))
         logits, labels, losses = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
         if not logits.isfinite().all():
             raise FloatingPointError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from safe_lab.importance import METRICS
 from safe_lab.importance.probe import Batch, LossFunction, Probe, undisturbed
 from safe_lab.importance.update_norm import Initial
-from safe_lab.policy import POLICIES, State, frozen_depth, normalize
+from safe_lab.policy import POLICIES, PredictedSavings, State, frozen_depth, importance_shares, normalize
 from safe_lab.schedule import CURVES, is_settled, threshold
 from safe_lab.suggest import did_you_mean
 from safe_lab.units import Unit
@@ -52,7 +53,6 @@ class FreezingRule:
     final_threshold: float = 0.05
     final_share: float = 0.5
     final_importance: float = 0.1
-    budget_saves: str = "flops"
     refresh: bool = True
 
     def __post_init__(self) -> None:
@@ -75,8 +75,10 @@ class FreezingRule:
                 raise ValueError(f"warmup: stable needs scores to settle, and policy {self.policy} has none")
         elif not isinstance(self.warmup, int) or not 0 <= self.warmup <= self.final:
             raise ValueError(f"warmup (t_w) is {self.warmup!r}: from 0 to final (t_f), {self.final}, or stable")
-        if self.stairs < 1 or not self.stable_share > 0 or not 0 <= self.final_share <= 1:
-            raise ValueError("stairs must be at least 1, stable_share positive, and final_share from 0 to 1")
+        if self.stairs < 1 or not self.stable_share > 0:
+            raise ValueError("stairs must be at least 1, and stable_share positive")
+        if not (0 <= self.final_share <= 1 and 0 <= self.final_importance <= 1):
+            raise ValueError("final_share and final_importance must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Scoring:
         step: Optimizer step at which it took place.
         scores: Importance before normalisation; a frozen unit keeps the score it froze with; None if the policy needs none.
         normalized: Importance as compared with the threshold; None likewise.
-        level: tau_t, or the share of units that the schedule gives at t; None for a policy without either.
+        level: tau_t, or the share of the units or of their importance that the schedule gives at t; None for a policy without.
         update_norms: ``||Delta W||`` since the start.
         froze: Units that froze now.
         frozen: Whether a unit is frozen, after this scoring.
@@ -134,6 +136,7 @@ class Freezer:
         rule: FreezingRule = FreezingRule(),
         *,
         seed: int = 0,
+        savings: PredictedSavings | None = None,
         reference_is_current: bool = False,
     ) -> None:
         """Take the model as it stands before training; the metric may run the probe once, to keep its reference.
@@ -146,14 +149,17 @@ class Freezer:
             loss_function: ``loss_function(model, batch)`` gives the mean loss of a batch.
             rule: What freezes when.
             seed: For policies and metrics that draw.
+            savings: What freezing saves, for policy ``budget``; None: 20 a unit in the frozen run from the input, 1 elsewhere.
             reference_is_current: The model as it stands is the pre-trained function, and switching adapters off is not.
 
         Raises:
-            ValueError: No units, or a metric that must switch single units off where that does not give the pre-trained
-                function (``reference_is_current``).
+            ValueError: No units, savings of another number of units, or a metric that must switch single units off where
+                that does not give the pre-trained function (``reference_is_current``).
         """
         if not units:
             raise ValueError("there are no units to freeze")
+        if savings is not None and len(savings.elsewhere) != len(units):
+            raise ValueError(f"savings are of {len(savings.elsewhere)} units, and there are {len(units)}")
         switches_off = rule.metric == "contribution" or rule.metric_options.get("reference") == "without_adapter"
         if reference_is_current and switches_off and POLICIES[rule.policy].uses_scores:
             raise ValueError(
@@ -168,6 +174,7 @@ class Freezer:
         self._batches = batches
         self._loss_function = loss_function
         self._seed = seed
+        self._savings = savings
         # Accelerate wraps the optimizer; state and hooks live on the one inside.
         self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._optimizer.register_step_pre_hook(self._hold_frozen)
@@ -200,6 +207,16 @@ class Freezer:
         return frozen_depth(self._frozen, len(self.units))
 
     @property
+    def batches(self) -> Sequence[Batch]:
+        """The probe."""
+        return self._batches
+
+    @property
+    def loss_function(self) -> LossFunction:
+        """How the model is run on a batch."""
+        return self._loss_function
+
+    @property
     def frozen_parameters(self) -> list[nn.Parameter]:
         """The weights that do not train any more; one that several units share is among them once all of these froze."""
         return list(self._held)
@@ -212,18 +229,27 @@ class Freezer:
 
     @property
     def level(self) -> float | None:
-        """tau_t at the last scoring, or the share of units that the schedule gave; None for a policy without either."""
+        """tau_t at the last scoring, or the share of the units or their importance that the schedule gave; None without such."""
         if self._policy.level == "none":
             return None
-        final = self.rule.final_threshold if self._policy.level == "threshold" else self.rule.final_share
         return threshold(
             self._t,
             start=self._warmup_end,
             end=self.rule.final,
-            final=final,
+            final=self._final_level,
             curve=self.rule.curve,
             stairs=self.rule.stairs,
         )
+
+    @property
+    def _final_level(self) -> float:
+        finals = {
+            "threshold": self.rule.final_threshold,
+            "share": self.rule.final_share,
+            "importance": self.rule.final_importance,
+            "none": 0.0,
+        }
+        return finals[self._policy.level]
 
     def step(self, step: int) -> Scoring:
         """Score the live units, decide, freeze. To be called once an interval.
@@ -246,7 +272,16 @@ class Freezer:
         normalized = None if self._scores is None else normalize(self._scores, self.rule.normalize)
         warm = self._warmup_end is not None and self._t >= self._warmup_end
         froze = self._policy.select(
-            State(normalized or [], self.level or 0.0, self._frozen, len(self.units), warm, self._seed)
+            State(
+                scores=normalized or [],
+                level=self.level or 0.0,
+                frozen=self._frozen,
+                num_units=len(self.units),
+                warm=warm,
+                seed=self._seed,
+                savings=self._savings,
+                final_level=self._final_level,
+            )
         )
         self._warn_of_odd_threshold(normalized, froze)
         freeze_began = time.perf_counter()
@@ -279,7 +314,16 @@ class Freezer:
             return f"nothing froze: after {self._t} scorings warm-up (t_w = {self._warmup_end}) was not over"
         if self._scores is None:
             return f"nothing froze: after {self._t} scorings the schedule stands at {self.level}"
-        smallest = min(normalize(self._scores, self.rule.normalize))
+        normalized = normalize(self._scores, self.rule.normalize)
+        if self._policy.level == "importance":
+            share = min(importance_shares(normalized))
+            too_small = share > self.level or self.level < self._final_level
+            return (
+                f"nothing froze: after {self._t} scorings the budget is {self.level:.3g} of all importance, and the smallest "
+                f"share of a unit {share:.3g}; "
+                + ("raise final_importance, or lower final" if too_small else "what fits would save nothing")
+            )
+        smallest = min(normalized)
         return (
             f"nothing froze: after {self._t} scorings the threshold is {self.level:.3g}, and the smallest score {smallest:.3g}; "
             "raise final_threshold, lower final, or normalize the scores"
@@ -363,12 +407,18 @@ class Freezer:
         }
         frozen = [parameter for i in sorted(self._frozen) for parameter in self.units[i].parameters.values()]
         self._held = [parameter for parameter in frozen if id(parameter) not in live]
+        changes = any(parameter.requires_grad for parameter in self._held)
         for parameter in self._held:
             parameter.requires_grad = False
             # None, not zero: under AdamW's weight decay a zero gradient still moves the weight.
             parameter.grad = None
             # Only the state goes; the parameter stays in its group, or the optimizer could not be restored on resume.
             self._optimizer.state.pop(parameter, None)
+        dynamo = sys.modules.get("torch._dynamo")
+        # Or torch.compile may go on with a graph in which the weights train (pytorch #139476). Not where nothing was compiled:
+        # every optimizer imports dynamo, and on CUDA a first reset imports the whole inductor, for seconds (torch 2.13).
+        if changes and dynamo is not None and dynamo.utils.counters.get("frames"):
+            dynamo.reset()
 
     def _hold_frozen(self, *_: object) -> None:
         """Before each optimizer step: freeze again what something else has turned back on."""
@@ -384,9 +434,9 @@ class Freezer:
         if normalized is None:
             return
         if len(froze) == len(self.units) > 1:
-            log.warning(
-                "scoring %d freezes all %d units at once: the threshold %.3g lies above every score",
-                self._t,
-                len(froze),
-                self.level,
+            why = (
+                "the budget of %.3g covers all importance"
+                if self._policy.level == "importance"
+                else "the threshold %.3g lies above every score"
             )
+            log.warning("scoring %d freezes all %d units at once: " + why, self._t, len(froze), self.level)

@@ -301,6 +301,14 @@ def checkpoint_gradients(model: Any) -> None:
     model.disable_input_require_grads()
 
 
+def set_gradient_checkpointing(model: Any, on: bool) -> None:
+    """Recompute activations, or no longer, of a model with adapters attached."""
+    if on:
+        checkpoint_gradients(model)
+    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        model.gradient_checkpointing_disable()
+
+
 def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules outside the pre-trained body: the task head, which trains in full.
 

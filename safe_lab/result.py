@@ -24,6 +24,8 @@ class Result:
     tokens: int
     seconds: dict[str, float]
     resources: dict[str, Any]
+    unfrozen_forecast: dict[str, float | None] | None
+    savings: dict[str, int]
     parameters: dict[str, int]
     truncated: dict[str, int]
     frozen_share: float

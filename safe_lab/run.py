@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,48 +17,46 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safe_lab import checkpoint
 from safe_lab import config as configuration
-from safe_lab.adapters import Attached, attach, build_peft_config, find_units, save_adapter
+from safe_lab.adapters import Attached, attach, build_peft_config, find_units
+from safe_lab.byte_size import parse_bytes
 from safe_lab.config import Config, FreezingSection, TrainingSection
 from safe_lab.config import warnings as config_warnings
 from safe_lab.console import Console
 from safe_lab.data import Collator, Data, EpochBatchSampler, load_data
+from safe_lab.data.loaders import build_eval_loader, build_probe, build_train_loader, iterate_blocks
 from safe_lab.environment import describe_environment
+from safe_lab.export import export
 from safe_lab.freezing import Freezer, FreezingRule
 from safe_lab.importance.probe import Batch
-from safe_lab.model import check_length, checkpoint_gradients, load_model, load_tokenizer, loss_function
+from safe_lab.memory import Stage
+from safe_lab.model import (
+    check_length,
+    checkpoint_gradients,
+    load_model,
+    load_tokenizer,
+    loss_function,
+    set_gradient_checkpointing,
+)
 from safe_lab.optimizer import build_optimizer
+from safe_lab.plan.stages import Planner, predict_savings
 from safe_lab.policy import POLICIES
+from safe_lab.prefix import ActivationCache, Prefix
 from safe_lab.resources import TRAINING, Clock, EnergyMeter, Meter
 from safe_lab.result import Result, summarize_freezing
 from safe_lab.run_folder import RunFolder, claim, to_json
+from safe_lab.savings import Savings
 from safe_lab.section import ConfigError
 from safe_lab.tracking import RESOURCES, Tracking, start_trackers
 from safe_lab.trainer import Trainer
+from safe_lab.units import Unit
 
 log = logging.getLogger(__name__)
 
-ADAPTER_CARD = """# Adapter trained with safe_lab
-
-On the base model {path}; in plain PEFT, where BASE is that model (a hub id or folder) and ADAPTER this folder:
-
-```python
-import json
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
-base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels={num_labels}, pad_token_id=tokenizer.pad_token_id)
-model = PeftModel.from_pretrained(base, ADAPTER).eval()
-labels = json.load(open(f"{{ADAPTER}}/labels.json"))  # names by id; empty for regression
-```
-
-That transformers reports the base's classifier as newly initialized is as it should be: the trained one is in the adapter.
-"""
+# Examples whose activations are computed at once for the cache.
+CACHE_BLOCK_ROWS = 32
 
 
 def run(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Result:
@@ -111,6 +109,9 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
         parts.trainer.fit()
     finally:
         console.stop()
+    savings = asdict(parts.savings.state)
+    # Before the weights change: what is folded is folded with the last ones.
+    parts.savings.close(keep_cache=config.savings.keep_cache)
     if config.training.select == "best":
         parts.trainer.restore_best()
     with parts.meter.clock.on("checkpoint"):
@@ -122,7 +123,7 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
             parts.data.labels,
             parts.initial,
         )
-    result = _conclude(config, parts)
+    result = _conclude(config, parts, savings)
     summary = asdict(result)
     folder.write("result.json", json.dumps(json.loads(to_json(summary)), indent=1, ensure_ascii=False))
     shown = ("metrics", "seconds", "parameters", "frozen_share", "frozen_depth", "steps")
@@ -145,6 +146,7 @@ class Parts:
     model: nn.Module
     initial: Mapping[str, Tensor] | None
     freezer: Freezer
+    savings: Savings
     meter: Meter
     tracking: Tracking
     trainer: Trainer
@@ -171,9 +173,11 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
     if config.model.gradient_checkpointing:
         checkpoint_gradients(base)
 
-    collator = Collator(tokenizer)
-    sampler, loader = build_train_loader(
-        data, collator, config.training, seed=config.seed, group_by_length=config.data.group_by_length
+    sampler = EpochBatchSampler(
+        data.train["length"],
+        config.training.batch_size,
+        seed=config.seed,
+        group_by_length=config.data.group_by_length,
     )
     num_steps = count_steps(len(sampler), config.training)
     optimizer = build_optimizer(attached.model, config.training)
@@ -183,33 +187,77 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         num_warmup_steps=math.ceil(config.training.warmup_ratio * num_steps),
         num_training_steps=num_steps,
     )
-    model, optimizer, scheduler, loader = accelerator.prepare(attached.model, optimizer, scheduler, loader)
-    validation = {
-        split: accelerator.prepare(build_eval_loader(dataset, collator, config.training.eval_batch_size))
-        for split, dataset in data.validation.items()
-    }
-
-    probe = build_probe(
-        data, collator, config.freezing.probe_samples, config.training.eval_batch_size, config.seed, accelerator.device
-    )
+    model, optimizer, scheduler = accelerator.prepare(attached.model, optimizer, scheduler)
+    num_labels = 1 if data.task.kind == "regression" else len(data.labels)
+    planner = None
+    if config.memory.budget is not None:
+        longest = max(max(dataset["length"]) for dataset in (data.train, *data.validation.values()))
+        planner = Planner(config, num_labels=num_labels, longest=longest)
+    collate = Collator(tokenizer)
+    probe = [
+        {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        for batch in build_probe(
+            data.train,
+            collate,
+            num_samples=config.freezing.probe_samples,
+            max_batch_size=config.training.eval_batch_size if planner is None else planner.largest_batch,
+            seed=config.seed,
+        )
+    ]
     model.eval()
     units = find_units(
         model, lambda: model(**{key: value[:1] for key, value in probe[0].items()}), config.freezing.unit
     )
     meter = Meter(clock, energy, model, optimizer)
+    prefix = build_prefix(config, model, units, probe[0], accelerator, folder)
+    predicted = predict_savings(config, num_labels) if config.freezing.policy == "budget" else None
     with meter.activity("scoring"):
         freezer = Freezer(
             model,
             units,
             optimizer,
             probe,
-            loss_function,
+            loss_function if prefix is None else prefix.loss,
             build_rule(config.freezing),
             seed=config.seed,
             reference_is_current=attached.initial is not None,
+            savings=predicted,
         )
+    block_rows = CACHE_BLOCK_ROWS if planner is None else min(CACHE_BLOCK_ROWS, planner.largest_batch)
+    savings = Savings(
+        freezer,
+        meter,
+        prefix,
+        fold_tolerance=config.savings.fold_tolerance if config.savings.fold else None,
+        blocks=lambda: iterate_blocks([data.train, *data.validation.values()], collate, block_rows),
+    )
     meter.keep(lambda: freezer.kept)
+    meter.keep(lambda: savings.kept)
     meter.keep(lambda: [*(attached.initial or {}).values(), *(tensor for batch in probe for tensor in batch.values())])
+
+    def collate_ahead(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        savings.ahead(batch)
+        return batch
+
+    # Batches stay on the host until a micro-batch is cut from them, and its rows are looked up in the cache.
+    loader, *eval_loaders = (
+        accelerator.prepare_data_loader(loader, device_placement=False)
+        for loader in (
+            build_train_loader(
+                data.train,
+                sampler,
+                # What a worker process reads ahead is lost.
+                collate if config.training.num_workers else collate_ahead,
+                seed=config.seed,
+                num_workers=config.training.num_workers,
+            ),
+            *(
+                build_eval_loader(dataset, collate_ahead, config.training.eval_batch_size)
+                for dataset in data.validation.values()
+            ),
+        )
+    )
     trackers = start_trackers(
         **config.tracking.model_dump(),
         name=f"{config.name}/{config.variant}/seed-{config.seed}",
@@ -225,20 +273,22 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         scheduler=scheduler,
         batches=loader,
         sampler=sampler,
-        validation=validation,
+        validation=dict(zip(data.validation, eval_loaders, strict=True)),
         task=data.task,
         loss_function=loss_function,
         freezer=freezer,
         interval=config.freezing.interval,
         settings=config.training,
         num_steps=num_steps,
+        savings=savings,
+        plan_stage=None if planner is None else partial(enter_stage, planner, savings, model),
         meter=meter,
         folder=folder,
         tracker=tracking,
         console=console,
         base_fingerprint=attached.base_fingerprint,
     )
-    return Parts(accelerator, tokenizer, data, model, attached.initial, freezer, meter, tracking, trainer)
+    return Parts(accelerator, tokenizer, data, model, attached.initial, freezer, savings, meter, tracking, trainer)
 
 
 def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTokenizerBase, Data]:
@@ -256,7 +306,7 @@ def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTok
     return base, attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads)), tokenizer, data
 
 
-def _conclude(config: Config, parts: Parts) -> Result:
+def _conclude(config: Config, parts: Parts, savings: dict[str, int]) -> Result:
     progress, freezer = parts.trainer.progress, parts.freezer
     best = config.training.select == "best"
     adapters, timeline = summarize_freezing(parts.trainer.folder.rows("importance.jsonl"))
@@ -283,6 +333,8 @@ def _conclude(config: Config, parts: Parts) -> Result:
             "checkpoint": seconds["checkpoint"],
         },
         resources={"tokens_per_second": progress.tokens / training_seconds, **resources},
+        unfrozen_forecast=parts.meter.forecast(),
+        savings=savings,
         parameters={
             "total": sum(parameter.numel() for parameter in parts.model.parameters()),
             "adapters": sum(unit.num_parameters for unit in freezer.units),
@@ -298,90 +350,64 @@ def _conclude(config: Config, parts: Parts) -> Result:
     )
 
 
+def build_prefix(
+    config: Config,
+    model: nn.Module,
+    units: Sequence[Unit],
+    probe_batch: Batch,
+    accelerator: Accelerator,
+    folder: RunFolder,
+) -> Prefix | None:
+    """The frozen prefix with its cache, as the ``savings`` section describes it; None: the model always runs whole."""
+    settings = config.savings
+    # With dropout it runs as part of the model, which needs no graph for it either.
+    if not (settings.prefix and settings.prefix_eval) or config.freezing.policy == "none":
+        return None
+    cache = ActivationCache(
+        folder.path / "cache" if settings.cache_store == "disk" else None,
+        limit_bytes=None if settings.cache_limit is None else parse_bytes(settings.cache_limit),
+        dtype=None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype),
+    )
+    return Prefix(
+        model,
+        units,
+        probe_batch,
+        loss_function,
+        cache=cache if settings.cache else None,
+        autocast=accelerator.autocast,
+    )
+
+
+def enter_stage(planner: Planner, savings: Savings, model: Any, frozen: Sequence[bool]) -> Stage:
+    """Plan the stage in which these units are frozen, and set gradient checkpointing as it says.
+
+    Raises:
+        ValueError: Not even a single row fits the budget.
+    """
+
+    def kept_bytes() -> int:
+        return sum(tensor.nbytes for tensor in savings.kept if tensor.device == model.device)
+
+    try:
+        stage = planner.plan(frozen, kept_bytes=kept_bytes())
+    except ValueError:
+        if not savings.stop_folding():
+            raise
+        log.warning("what folding keeps does not fit the memory budget: adapters stay unfolded from here on")
+        stage = planner.plan(frozen, kept_bytes=kept_bytes())
+    set_gradient_checkpointing(model.get_base_model(), stage.gradient_checkpointing)
+    return stage
+
+
 def build_rule(section: FreezingSection) -> FreezingRule:
     """The rule that the ``freezing`` section describes."""
-    return FreezingRule(**section.model_dump(exclude={"unit", "probe_samples", "interval"}))
-
-
-def build_train_loader(
-    data: Data, collator: Collator, settings: TrainingSection, *, seed: int, group_by_length: bool
-) -> tuple[EpochBatchSampler, DataLoader[Any]]:
-    """Loader of the training split, and the sampler that sets its order."""
-    sampler = EpochBatchSampler(data.train["length"], settings.batch_size, seed=seed, group_by_length=group_by_length)
-    loader: DataLoader[Any] = DataLoader(
-        data.train,
-        batch_sampler=sampler,
-        collate_fn=collator,
-        num_workers=settings.num_workers,
-        pin_memory=torch.cuda.is_available(),
-        # Making an iterator draws a seed: from the global stream, were there no generator, and resume would not be exact.
-        generator=torch.Generator().manual_seed(seed),
-    )
-    return sampler, loader
-
-
-def build_eval_loader(dataset: Any, collator: Collator, batch_size: int) -> DataLoader[Any]:
-    """Loader of a validation split, longest first: no padding to speak of, and out of memory at once if at all."""
-    lengths = dataset["length"]
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return DataLoader(
-        Subset(dataset, order), batch_size=batch_size, collate_fn=collator, generator=torch.Generator().manual_seed(0)
-    )
-
-
-def build_probe(
-    data: Data, collator: Collator, num_samples: int | None, max_batch_size: int, seed: int, device: torch.device
-) -> list[Batch]:
-    """The fixed examples on which scores are computed: drawn from the training split, in batches of like length.
-
-    Args:
-        data: Its ``train`` is drawn from.
-        collator: Pads.
-        num_samples: How many; None: 128, but at most 1 in 50 (so that all scoring together costs under 2 % of the FLOPs of
-            training) and at least 16.
-        max_batch_size: Most examples in a batch; there are about eight batches, which leaves little padding.
-        seed: Seed of the draw.
-        device: Where the batches go.
-    """
-    available = len(data.train)
-    wanted = max(16, min(128, available // 50)) if num_samples is None else num_samples
-    if num_samples is not None and wanted > available:
-        log.warning(
-            "freezing.probe_samples is %d, and the training split has %d examples: all are taken", wanted, available
-        )
-    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
-    rows = sorted((data.train[i] for i in drawn), key=lambda row: row["length"])
-    size = min(max_batch_size, max(4, wanted // 8))
-    return [
-        {key: value.to(device) for key, value in collator(rows[i : i + size]).items()}
-        for i in range(0, len(rows), size)
-    ]
+    return FreezingRule(**section.model_dump(exclude={"unit", "probe_samples", "interval", "budget_saves"}))
 
 
 def count_steps(batches_per_epoch: int, settings: TrainingSection) -> int:
     """Optimizer steps in all: an epoch's last step may accumulate fewer micro-batches."""
     steps = math.ceil(batches_per_epoch / settings.gradient_accumulation) * settings.epochs
     return min(steps, settings.max_steps or steps)
-
-
-def export(
-    model: Any,
-    folder: RunFolder,
-    tokenizer: Any,
-    path: str,
-    labels: Sequence[str],
-    initial: Mapping[str, Tensor] | None,
-) -> None:
-    """Write ``adapter/`` whole or not at all: adapters and head in PEFT's format, tokenizer, names of the labels."""
-    unfinished = folder.path / ".unfinished-adapter"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_adapter(model, unfinished, initial=initial)
-    tokenizer.save_pretrained(unfinished)
-    (unfinished / "labels.json").write_text(json.dumps(list(labels), ensure_ascii=False))
-    (unfinished / "README.md").write_text(ADAPTER_CARD.format(path=path, num_labels=len(labels) or 1))
-    checkpoint.sync(unfinished)
-    shutil.rmtree(folder.adapter, ignore_errors=True)
-    unfinished.rename(folder.adapter)
 
 
 def _announce(console: Console, config: Config, parts: Parts) -> None:

@@ -33,6 +33,8 @@ WALL_SECONDS = "resources/wall_seconds"
 TOKENS_PER_SECOND = "resources/tokens_per_second"
 # Each figure of Meter.recent while training, and of result.json's "resources" in a tracker's summary.
 RESOURCES = "resources/{name}"
+# Each figure of what freezing is turned into: Trainer's effect.
+SAVINGS = "savings/{name}"
 # <split>/<metric> for each validation split and task metric, e.g. validation/accuracy: see evaluation.metric_key.
 ADAPTER_SCORE = "adapter/{depth}/score"
 ADAPTER_NORMALIZED = "adapter/{depth}/normalized_score"
@@ -57,8 +59,8 @@ class Tracking:
         self._folder.append("metrics.jsonl", row)
         self._send(row)
 
-    def log_scoring(self, scoring: Scoring, epoch: float) -> None:
-        """A row of importance.jsonl for each unit, and one of events.jsonl if a unit froze."""
+    def log_scoring(self, scoring: Scoring, epoch: float, effect: Mapping[str, int | None]) -> None:
+        """A row of importance.jsonl for each unit, and one of events.jsonl if a unit froze, with what that is turned into."""
         nothing: list[float | None] = [None] * len(self._units)
         scores, normalized = scoring.scores or nothing, scoring.normalized or nothing
         values: dict[str, Any] = {STEP: scoring.step, EPOCH: epoch}
@@ -88,6 +90,7 @@ class Tracking:
                 "threshold": scoring.level,
                 "frozen_share": scoring.frozen_share,
                 "frozen_depth": scoring.frozen_depth,
+                **effect,
             }
             self._folder.append("events.jsonl", event)
 

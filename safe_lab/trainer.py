@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from safe_lab import checkpoint, tracking
@@ -21,9 +22,11 @@ from safe_lab.data import EpochBatchSampler, Task
 from safe_lab.evaluation import evaluate, metric_key
 from safe_lab.freezing import Freezer
 from safe_lab.importance.probe import Batch, LossFunction
+from safe_lab.memory import Stage, halved, is_out_of_memory, split
 from safe_lab.resources import TRAINING, Meter
 from safe_lab.rng import get_rng_state, set_rng_state
 from safe_lab.run_folder import RunFolder, RunFolderError
+from safe_lab.savings import Savings
 from safe_lab.tracking import Tracking
 
 log = logging.getLogger(__name__)
@@ -78,6 +81,8 @@ class Trainer:
         interval: Literal["epoch"] | int,
         settings: TrainingSection,
         num_steps: int,
+        savings: Savings,
+        plan_stage: Callable[[Sequence[bool]], Stage] | None,
         meter: Meter,
         folder: RunFolder,
         tracker: Tracking,
@@ -100,6 +105,8 @@ class Trainer:
             interval: When it does: each epoch, or every N steps.
             settings: The ``training`` section.
             num_steps: Optimizer steps in all.
+            savings: What freezing is turned into.
+            plan_stage: Micro-batches that fit the memory budget, from which units are frozen; None: there is no budget.
             meter: What the run costs.
             folder: The run folder.
             tracker: Where figures go.
@@ -120,6 +127,11 @@ class Trainer:
         self._interval = interval
         self._settings = settings
         self.num_steps = num_steps
+        self._savings = savings
+        self._plan_stage = plan_stage
+        self._stage: Stage | None = None
+        self._has_halved = False
+        self._has_stepped = False
         self._meter = meter
         self._clock = meter.clock
         self.folder = folder
@@ -130,7 +142,7 @@ class Trainer:
         self.num_trained = sum(parameter.numel() for parameter in self._trained.values())
         self._best: dict[str, Tensor] = {}
         self._losses: list[float] = []
-        self._unread: list[tuple[int, Tensor, Tensor]] = []
+        self._unread: list[tuple[int, Tensor]] = []
         self._learning_rate = 0.0
         self._gradient_norm: Tensor | float | None = None
         self._begins_step = True
@@ -143,6 +155,7 @@ class Trainer:
         Raises:
             FloatingPointError: A loss or a score is not finite; the last checkpoint stays.
         """
+        self._enter_stage(halve=self._has_halved)
         self._meter.begin()
         while not self._ended:
             # On the loader, not the sampler: Accelerate's counts epochs itself, and would set the sampler back (1.15).
@@ -150,16 +163,8 @@ class Trainer:
             self._sampler.start = self.progress.micro_step
             self._model.train()
             for batch in self._clock.each("data", self._batches):
-                with self._accelerator.accumulate(self._model), self._metered(batch):
-                    with self._clock.on("forward"):
-                        loss = self._loss_function(self._model, batch)
-                    self._record(loss, batch)
-                    with self._clock.on("backward"):
-                        self._accelerator.backward(loss)
-                    with self._clock.on("optimizer"):
-                        self._clip()
-                        self._optimizer.step()
-                        self._optimizer.zero_grad()
+                with self._accelerator.accumulate(self._model):
+                    self._train_on(batch)
                 if not self._advance():
                     continue
                 if self._due(self._settings.log_every) or self._ended:
@@ -176,11 +181,68 @@ class Trainer:
         if self.progress.evaluated_at != self.progress.step:
             self.evaluate()
 
+    def _train_on(self, batch: Batch) -> None:
+        """Forward and backward of a batch, and the optimizer's step if it is the last of one.
+
+        With a memory budget, in micro-batches that ought to fit. Should memory run out for all that, once a stage, the batch is
+        done anew with half as many rows.
+        """
+        if self._stage is None:
+            self._run([(batch, 1.0)])
+            return
+        streams, begins_step = get_rng_state(), self._begins_step
+        gradients = {p: p.grad.clone() for p in self._trained.values() if p.grad is not None}
+        try:
+            self._run(split(batch, self._stage.rows))
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or self._has_halved or self._has_stepped:
+                raise
+            log.warning("memory ran out at step %d, below the forecast: %s", self.progress.step + 1, error)
+        # Out of the handler, in which the error still holds on to the tensors of the failed pass.
+        self._stage, self._has_halved = halved(self._stage), True
+        log.warning("from here on at most %d rows of the longest texts at a time", min(self._stage.most_rows))
+        self._begins_step = begins_step
+        for parameter in self._trained.values():
+            parameter.grad = gradients.get(parameter)
+        set_rng_state(streams)
+        self._run(split(batch, self._stage.rows))
+
+    def _run(self, parts: Iterable[tuple[Batch, float]]) -> None:
+        """Forward and backward of the parts of a batch with their weights, and the optimizer's step if it is due."""
+        parts, losses, self._has_stepped = list(parts), [], False
+        for number, (on_host, weight) in enumerate(parts, start=1):
+            hidden = self._savings.hidden(on_host)
+            part = send_to_device(on_host, self._accelerator.device, non_blocking=True)
+            with self._metered(part, hidden, last=number == len(parts)):
+                with self._clock.on("forward"), self._savings.skipping(part, hidden):
+                    loss = self._loss_function(self._model, part)
+                # A whole batch has the operators of plain fine-tuning and no other.
+                loss = loss if weight == 1 else loss * weight
+                losses.append(loss.detach())
+                with self._clock.on("backward"):
+                    self._accelerator.backward(loss)
+                if number < len(parts):
+                    continue
+                self._record(losses, sum(int(part["attention_mask"].sum()) for part, _ in parts))
+                with self._clock.on("optimizer"):
+                    self._clip()
+                    self._has_stepped = True
+                    self._optimizer.step()
+                    self._optimizer.zero_grad()
+
     def evaluate(self) -> dict[str, float]:
         """Measure the model on every validation split, and keep it if it is the best so far."""
         with self._meter.activity("evaluation"):
             self._check_weights()
-            metrics = evaluate(self._accelerator, self._model, self._validation, self._task)
+            metrics = evaluate(
+                self._accelerator,
+                self._model,
+                self._validation,
+                self._task,
+                skipping=self._savings.skipping,
+                most_rows=None if self._stage is None else self._stage.eval_rows,
+            )
         self.progress.metrics, self.progress.evaluated_at = metrics, self.progress.step
         if not self.progress.best or metrics[self.main_metric] > self.progress.best[self.main_metric]:
             self.progress.best, self.progress.best_step, self.progress.without_gain = metrics, self.progress.step, 0
@@ -264,23 +326,24 @@ class Trainer:
             return self.progress.micro_step == 0
         return every != "never" and self.progress.step % every == 0
 
-    def _record(self, loss: Tensor, batch: Batch) -> None:
-        self._unread.append((self.progress.step + 1, loss.detach(), batch["attention_mask"].sum()))
+    def _record(self, losses: Sequence[Tensor], num_tokens: int) -> None:
+        """Take in what the parts of a batch add to its loss, and its tokens without padding."""
+        self.progress.tokens += num_tokens
+        self._unread.append((self.progress.step + 1, losses[0] if len(losses) == 1 else torch.stack([*losses]).sum()))
         # Reading a loss from an accelerator waits for it: there they are read together, before a row, scoring or checkpoint.
-        if loss.device.type == "cpu":
+        if losses[0].device.type == "cpu":
             self._read_losses()
 
     def _read_losses(self) -> None:
-        """Take in the losses and tokens of the micro-steps since the last reading.
+        """Take in the losses of the batches since the last reading.
 
         Raises:
             FloatingPointError: A loss is NaN or infinite; the message names step and unit.
         """
         if not self._unread:
             return
-        steps, losses, tokens = zip(*self._unread, strict=True)
+        steps, losses = zip(*self._unread, strict=True)
         self._unread.clear()
-        self.progress.tokens += int(torch.stack(tokens).sum())
         for step, loss in zip(steps, torch.stack(losses).float().tolist(), strict=True):
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -332,6 +395,7 @@ class Trainer:
             tracking.TRAINABLE: sum(
                 parameter.numel() for parameter in self._trained.values() if parameter.requires_grad
             ),
+            **{tracking.SAVINGS.format(name=name): value for name, value in self._effect().items()},
             tracking.WALL_SECONDS: sum(self._clock.read().values()),
             tracking.TOKENS_PER_SECOND: (tokens - tokens_before) / (seconds - seconds_before),
             **{tracking.RESOURCES.format(name=name): value for name, value in resources.items()},
@@ -346,14 +410,33 @@ class Trainer:
             scoring = self._freezer.step(self.progress.step)
         self._clock.move("scoring", "freezing", scoring.freeze_seconds)
         if scoring.froze:
-            self._meter.changed()
+            with self._clock.on("freezing"):
+                micro_steps_left = (self.num_steps - self.progress.step) * self._settings.gradient_accumulation
+                self._savings.froze(passes_left=micro_steps_left / len(self._sampler))
+                self._enter_stage()
         with self._clock.on("tracking"):
-            self._tracker.log_scoring(scoring, self._epoch)
-            self._console.scored(scoring, self._freezer.units, self._epoch)
+            effect = self._effect()
+            self._tracker.log_scoring(scoring, self._epoch, effect)
+            self._console.scored(scoring, self._freezer.units, self._epoch, effect)
 
-    def _metered(self, batch: Batch) -> AbstractContextManager[None]:
-        first, self._begins_step = self._begins_step, self._accelerator.sync_gradients
-        return self._meter.micro_step(batch, first=first, last=self._accelerator.sync_gradients)
+    def _enter_stage(self, *, halve: bool = False) -> None:
+        """Plan micro-batches for what is frozen now."""
+        self._has_halved = halve
+        if self._plan_stage is not None:
+            stage = self._plan_stage(self._freezer.frozen)
+            self._stage = halved(stage) if halve else stage
+
+    def _effect(self) -> dict[str, int | None]:
+        """What freezing has been turned into: figures for a row."""
+        return asdict(self._savings.state) | {
+            "micro_batch_rows": None if self._stage is None else min(self._stage.most_rows)
+        }
+
+    def _metered(self, part: Batch, hidden: Tensor | None, *, last: bool) -> AbstractContextManager[None]:
+        ends_step = last and self._accelerator.sync_gradients
+        first, self._begins_step = self._begins_step, ends_step
+        tensors = part if hidden is None else {**part, "hidden": hidden}
+        return self._meter.micro_step(tensors, first=first, last=ends_step)
 
     @property
     def _training_seconds(self) -> float:
@@ -366,6 +449,8 @@ class Trainer:
             "progress": asdict(self.progress),
             "meter": self._meter.state_dict(),
             "freezer": self._freezer.state_dict(),
+            "savings": self._savings.state_dict(),
+            "has_halved": self._has_halved,
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -383,6 +468,8 @@ class Trainer:
         self._load_weights({key.removeprefix("last."): t for key, t in tensors.items() if key.startswith("last.")})
         self._best.update((key.removeprefix("best."), t) for key, t in tensors.items() if key.startswith("best."))
         self._freezer.load_state_dict(state["freezer"])
+        self._savings.load_state_dict(state["savings"])
+        self._has_halved = state["has_halved"]
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         if self._accelerator.scaler is not None:

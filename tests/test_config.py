@@ -166,6 +166,9 @@ def test_an_override_without_a_value_or_through_a_value_is_refused(path):
         (["training.epochs=1"], "saves nothing"),
         (["training.epochs=6"], "does not reach its final value"),
         (["freezing.metric=fisher"], "raw fisher scores"),
+        (["freezing.policy=budget", "freezing.final_importance=0"], "only units without any importance"),
+        (["freezing.policy=budget", "freezing.final_importance=1"], "all units freeze"),
+        (["freezing.policy=budget", "freezing.normalize=max"], "no effect"),
         (["model.dtype=float16"], "epsilon"),
         (["training.early_stopping=2", "training.eval_every=never"], "no effect"),
     ],
@@ -174,8 +177,9 @@ def test_a_threshold_that_decides_nothing_warns(path, overrides, part):
     assert any(part in warning for warning in configuration.warnings(configuration.load(path, overrides)))
 
 
-def test_default_settings_warn_of_nothing(path):
-    assert configuration.warnings(configuration.load(path)) == []
+@pytest.mark.parametrize("overrides", [[], ["freezing.policy=budget", "freezing.metric=fisher"]])
+def test_default_settings_warn_of_nothing(path, overrides):
+    assert configuration.warnings(configuration.load(path, overrides)) == []
 
 
 def test_every_field_has_a_description():

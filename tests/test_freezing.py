@@ -9,8 +9,11 @@ from torch import nn
 
 from safe_lab.adapters import attach, find_units
 from safe_lab.freezing import Freezer, FreezingRule
+from safe_lab.memory import Ledger
+from safe_lab.policy import PredictedSavings
 from safe_lab.units import Unit
 
+ONLY_THE_LAST_PAYS = PredictedSavings([0, 1, 2, 3, 4], [1, 1, 1, 9])
 NEVER_NEGATIVE_RULE = FreezingRule(metric="depth", warmup=1, final=2, final_threshold=2.5)
 
 
@@ -26,7 +29,7 @@ class Residual(nn.Module):
         return x + torch.tanh(self.base(x)) + self.adapter(x)
 
 
-def bare_loop(*, rule=NEVER_NEGATIVE_RULE, epochs=4, freeze=True, seed=0):
+def bare_loop(*, rule=NEVER_NEGATIVE_RULE, epochs=4, freeze=True, seed=0, savings=None):
     """A plain PyTorch loop: no PEFT, no Accelerate, no configuration."""
     torch.manual_seed(seed)
     model = nn.Sequential(*(Residual(6) for _ in range(4)), nn.Linear(6, 2))
@@ -40,7 +43,8 @@ def bare_loop(*, rule=NEVER_NEGATIVE_RULE, epochs=4, freeze=True, seed=0):
     def loss_function(model, batch):
         return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
 
-    freezer = Freezer(model, units, optimizer, [{"x": data[0][:8], "y": data[1][:8]}], loss_function, rule)
+    probe = [{"x": data[0][:8], "y": data[1][:8]}]
+    freezer = Freezer(model, units, optimizer, probe, loss_function, rule, savings=savings)
     history = []
     for epoch in range(epochs):
         for i in range(0, 32, 8):
@@ -75,6 +79,82 @@ def test_a_freeze_event_leaves_the_moments_of_the_others_and_drops_its_own():
             assert torch.equal(value, before[parameter][key])
     assert [list(group["params"]) for group in optimizer.param_groups] == groups
     assert all(not p.requires_grad and p.grad is None for p in frozen)
+
+
+def test_the_optimizer_bytes_of_what_froze_are_gone_from_the_ledger():
+    model, optimizer, freezer, _ = bare_loop(epochs=1)
+
+    def held_bytes():
+        with Ledger(model, optimizer) as ledger:
+            pass
+        return ledger.trace.held["optimizer"]
+
+    before = held_bytes()
+    dropped = sum(
+        value.nbytes
+        for unit in freezer.units[:2]
+        for parameter in unit.parameters.values()
+        for value in optimizer.state[parameter].values()
+    )
+    assert freezer.step(8).froze == [0, 1]
+    assert held_bytes() == before - dropped < before
+
+
+def test_the_learning_rate_schedule_goes_on_over_a_freeze_event():
+    def learning_rates(*, freeze):
+        _, optimizer, freezer, _ = bare_loop(epochs=1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        rates = []
+        for step in range(10):
+            optimizer.step()
+            scheduler.step()
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            if freeze and step == 4:
+                assert freezer.step(8).froze == [0, 1]
+        return rates
+
+    assert learning_rates(freeze=True) == learning_rates(freeze=False)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_has_the_gradients_of_an_uncompiled_one_after_a_freeze_event(backend):
+    gradients = []
+    for compiled in (False, True):
+        model, optimizer, freezer, _ = bare_loop(epochs=1)
+        forward = torch.compile(model, backend=backend) if compiled else model
+        data = torch.linspace(-1, 1, 18).view(3, 6)
+        forward(data).square().sum().backward()
+        optimizer.zero_grad()
+        assert freezer.step(8).froze == [0, 1]
+        forward(data).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    plain, of_compiled = gradients
+    assert {name for name, gradient in plain.items() if gradient is not None} == {
+        name for name in plain if name.startswith(("2.adapter", "3.adapter", "4."))
+    }
+    torch.testing.assert_close(of_compiled, plain)
+
+
+def test_dynamo_forgets_its_graphs_at_a_freeze_event_if_it_has_any(monkeypatch):
+    import torch._dynamo
+
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(None))
+    monkeypatch.setattr(torch._dynamo.utils, "counters", {})
+    assert bare_loop(epochs=2)[2].frozen_depth == 2
+    assert resets == []
+    monkeypatch.undo()
+
+    model, optimizer, freezer, _ = bare_loop(epochs=1)
+    torch.compile(model, backend="eager")(torch.ones(2, 6))
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(None))
+    assert freezer.step(8).froze
+    assert len(resets) == 1
+    assert not freezer.step(12).froze
+    assert len(resets) == 1
+    model[0].adapter[0].weight.requires_grad = True
+    optimizer.step()
+    assert len(resets) == 2
 
 
 def test_without_freezing_the_loop_is_untouched():
@@ -166,11 +246,18 @@ def test_a_weight_that_units_share_freezes_with_the_last_of_them():
 
 
 @pytest.mark.parametrize(
-    ("metric", "options"),
-    [("sensitivity", {"smoothing": True}), ("update_norm", {}), ("random", {})],
+    ("policy", "metric", "options"),
+    [
+        ("safe", "sensitivity", {"smoothing": True}),
+        ("safe", "update_norm", {}),
+        ("safe", "random", {}),
+        ("budget", "sensitivity", {"smoothing": True}),
+        ("budget", "random", {}),
+    ],
 )
-def test_resumed_decisions_are_those_of_an_uninterrupted_run(metric, options):
+def test_resumed_decisions_are_those_of_an_uninterrupted_run(policy, metric, options):
     rule = FreezingRule(
+        policy=policy,
         metric=metric,
         metric_options=options,
         normalize="rank",
@@ -178,6 +265,7 @@ def test_resumed_decisions_are_those_of_an_uninterrupted_run(metric, options):
         stable_share=1e9,
         final=6,
         final_threshold=0.9,
+        final_importance=0.6,
     )
     _, _, alone, history = bare_loop(rule=rule, epochs=6)
     model, optimizer, half, _ = bare_loop(rule=rule, epochs=3)
@@ -252,6 +340,67 @@ def test_scores_are_kept_from_the_end_of_warm_up_when_not_refreshed():
     assert scores[1] == scores[2] == scores[3] == scores[4]
 
 
+@pytest.mark.parametrize("normalize", ["none", "max"])
+def test_the_budget_rises_on_the_schedule_and_freezes_what_it_covers(normalize):
+    # Scores 1, 2, 3, 4: shares 0.1, 0.2, 0.3, 0.4.
+    rule = FreezingRule(
+        policy="budget", metric="depth", normalize=normalize, warmup=1, final=4, curve="linear", final_importance=0.6
+    )
+    _, _, freezer, history = bare_loop(rule=rule, epochs=5)
+    assert [scoring.level for scoring, _ in history] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.6])
+    assert [scoring.froze for scoring, _ in history] == [[], [0], [1], [2], []]
+    assert freezer.frozen_depth == 3
+
+
+def test_the_budget_weighs_the_savings_it_is_given():
+    rule = FreezingRule(policy="budget", metric="depth", warmup=0, final=1, final_importance=0.4)
+    assert bare_loop(rule=rule, epochs=1)[3][0][0].froze == [0, 1]
+    assert bare_loop(rule=rule, epochs=1, savings=ONLY_THE_LAST_PAYS)[3][0][0].froze == [3]
+
+
+def test_the_budget_keeps_what_the_run_will_need():
+    rule = FreezingRule(policy="budget", metric="depth", warmup=0, final=4, curve="linear", final_importance=0.4)
+    _, _, freezer, history = bare_loop(rule=rule, savings=ONLY_THE_LAST_PAYS)
+    assert [scoring.froze for scoring, _ in history] == [[], [], [], [3]]
+    assert (
+        "raise final_importance, or lower final"
+        in bare_loop(rule=rule, savings=ONLY_THE_LAST_PAYS, epochs=2)[2].explain_idle()
+    )
+
+
+def test_savings_of_other_units_are_refused():
+    with pytest.raises(ValueError, match="savings are of 2 units, and there are 4"):
+        bare_loop(savings=PredictedSavings([0, 1, 2], [1, 1]))
+
+
+def test_the_budget_waits_for_scores_to_settle_and_may_keep_them():
+    rule = FreezingRule(
+        policy="budget",
+        metric="random",
+        warmup="stable",
+        stable_share=1e9,
+        final=5,
+        final_importance=0.9,
+        refresh=False,
+    )
+    _, _, freezer, history = bare_loop(rule=rule, epochs=5)
+    assert [scoring.warmup_end for scoring, _ in history] == [None, 2, 2, 2, 2]
+    assert history[1][0].scores == history[4][0].scores
+    assert freezer.frozen_share > 0
+
+
+def test_a_budget_that_decides_nothing_or_everything_is_told(caplog):
+    rule = FreezingRule(policy="budget", metric="depth", warmup=1, final=2, final_importance=0.05)
+    assert "the budget is 0.05 of all importance, and the smallest share of a unit 0.1;" in (
+        bare_loop(rule=rule)[2].explain_idle()
+    )
+    rule = FreezingRule(policy="budget", metric="depth", warmup=1, final=2, final_importance=0.5)
+    assert "would save nothing" in bare_loop(rule=rule, savings=PredictedSavings([0] * 5, [0] * 4))[2].explain_idle()
+    with caplog.at_level(logging.WARNING):
+        bare_loop(rule=FreezingRule(policy="budget", metric="depth", warmup=1, final=2, final_importance=1.0))
+    assert "freezes all 4 units at once: the budget of 1 covers all importance" in caplog.text
+
+
 def test_a_threshold_that_decides_nothing_or_everything_is_told(caplog):
     _, _, freezer, _ = bare_loop(rule=FreezingRule(metric="depth", warmup=1, final=2, final_threshold=0.5))
     assert "the threshold is 0.5, and the smallest score 1;" in freezer.explain_idle()
@@ -275,6 +424,7 @@ def test_a_threshold_that_decides_nothing_or_everything_is_told(caplog):
         {"stable_share": -1.0},
         {"stairs": 0},
         {"final_share": 2.0},
+        {"final_importance": -0.1},
         {"policy": "prefix", "warmup": "stable"},
         {"metric_options": {"pool": "first"}},
     ],

@@ -52,6 +52,8 @@ def bits(folder):
     """All that must be the same in two runs of the same bits."""
     result = json.loads((folder / "result.json").read_text())
     result.pop("seconds")
+    if result["unfrozen_forecast"]:
+        result["unfrozen_forecast"] = result["unfrozen_forecast"]["flops"]
     resources = result.pop("resources")
     result["resources"] = {
         name: value for name, value in resources.items() if not f"resources/{name}".startswith(CLOCK)
@@ -102,6 +104,8 @@ def test_the_seconds_of_a_run_add_up_to_its_wall_time(tiny_tree):
 
 
 def test_freezing_shows_in_bytes_and_flops_as_the_drop_it_is(tiny_tree):
+    tiny_tree["savings"] = {"fold": False, "prefix": False}
+
     def resources(variant, **freezing):
         return run(config_of(tiny_tree, variant=variant, freezing=freezing)).resources
 
@@ -380,7 +384,7 @@ def train(path, *arguments, **settings):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_five_random_moments_ends_with_the_bits_of_one_left_alone(tiny_tree, tmp_path):
+def test_a_run_killed_at_ten_random_moments_ends_with_the_bits_of_one_left_alone(tiny_tree, tmp_path):
     training = {
         "epochs": 8,
         "save_every": 4,
@@ -390,15 +394,32 @@ def test_a_run_killed_at_five_random_moments_ends_with_the_bits_of_one_left_alon
         "batch_size": 4,
         "keep_checkpoints": 3,
     }
-    freezing = {"interval": 4, "warmup": 2, "final": 8, "metric": "sensitivity", "metric_options": {"smoothing": True}}
-    alone = config_of(tiny_tree, variant="alone", training=training, freezing=freezing)
+    # Everything on: fold, prefix and cache are by default.
+    everything = {
+        "training": training,
+        "freezing": {
+            "policy": "budget",
+            "interval": 4,
+            "warmup": 2,
+            "final": 8,
+            "final_importance": 0.5,
+            "normalize": "none",
+            "metric": "sensitivity",
+            "metric_options": {"smoothing": True},
+        },
+        "memory": {"budget": "180KiB"},
+    }
+    alone = config_of(tiny_tree | {"memory": {}}, variant="alone", **everything)
     run(alone)
+    events = RunFolder(alone.run_folder).rows("events.jsonl")
+    depths = [event["cached_depth"] for event in events]
+    assert len(set(depths)) > 1 and min(event["micro_batch_rows"] for event in events) < 4
 
-    killed = config_of(tiny_tree, variant="killed", training=training, freezing=freezing)
+    killed = config_of(tiny_tree | {"memory": {}}, variant="killed", **everything)
     path = tmp_path / "killed.yaml"
     path.write_text(configuration.dump(killed))
     draw = random.Random(0)
-    moments = sorted(draw.sample(range(6, alone_steps(alone) - 4), 5))
+    moments = sorted(draw.sample(range(6, alone_steps(alone) - 4), 10))
     metrics = killed.run_folder / "metrics.jsonl"
     resumed = []
     for step in moments:
@@ -410,7 +431,7 @@ def test_a_run_killed_at_five_random_moments_ends_with_the_bits_of_one_left_alon
         _, errors = process.communicate()
         resumed.append(process.returncode)
         assert "Traceback" not in errors
-    assert resumed == [-signal.SIGKILL] * 5
+    assert resumed == [-signal.SIGKILL] * 10
     process = train(path, "--resume")
     _, errors = process.communicate()
     assert process.returncode == 0, errors

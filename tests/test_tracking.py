@@ -87,6 +87,7 @@ def scoring(froze=()):
 
 
 UNITS = [Unit("a", 0, {}), Unit("b", 1, {})]
+EFFECT = {"folded_layers": 2, "prefix_depth": 1, "micro_batch_rows": None}
 
 
 def test_a_tracker_that_fails_is_named_once_and_left(tmp_path, caplog):
@@ -105,9 +106,9 @@ def test_a_tracker_that_fails_is_named_once_and_left(tmp_path, caplog):
 def test_a_scoring_is_a_row_a_unit_and_an_event_if_something_froze(tmp_path):
     folder, recorder = RunFolder(tmp_path), Recorder()
     tracking = Tracking(folder, UNITS, [recorder])
-    tracking.log_scoring(scoring(), 1.0)
+    tracking.log_scoring(scoring(), 1.0, EFFECT)
     assert folder.rows("events.jsonl") == []
-    tracking.log_scoring(scoring(froze=[0]), 2.0)
+    tracking.log_scoring(scoring(froze=[0]), 2.0, EFFECT)
     assert [(row["unit"], row["frozen"]) for row in folder.rows("importance.jsonl")] == [
         ("a", False),
         ("b", False),
@@ -116,6 +117,7 @@ def test_a_scoring_is_a_row_a_unit_and_an_event_if_something_froze(tmp_path):
     ]
     (event,) = folder.rows("events.jsonl")
     assert (event["units"], event["scores"], event["frozen_depth"]) == (["a"], [0.1], 1)
+    assert EFFECT.items() <= event.items()
     assert recorder.rows[1][1]["adapter/0/frozen"] == 1
     assert recorder.rows[1][1]["adapter/1/normalized_score"] == 1.0
 
@@ -124,7 +126,7 @@ def test_replayed_rows_are_those_that_were_sent(tmp_path):
     folder, first, second = RunFolder(tmp_path), Recorder(), Recorder()
     tracking = Tracking(folder, UNITS, [first])
     tracking.log({"step": 5, "epoch": 1.0, "train/loss": 1.0, "device": None})
-    tracking.log_scoring(scoring(froze=[0]), 1.0)
+    tracking.log_scoring(scoring(froze=[0]), 1.0, EFFECT)
     Tracking(folder, UNITS, [second]).replay()
 
     def merged(rows):

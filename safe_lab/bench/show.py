@@ -22,6 +22,7 @@ _SHOWN = {
     "tokens_per_second": ("", 1, 0),
     "peak_bytes": ("MiB", 2**20, 1),
     "mean_bytes": ("MiB", 2**20, 1),
+    "mean_activation_bytes": ("MiB", 2**20, 1),
     "peak_rss_bytes": ("MiB", 2**20, 0),
     "device_peak_bytes": ("MiB", 2**20, 0),
     "flops": ("TFLOP", 1e12, 3),

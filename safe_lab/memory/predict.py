@@ -46,7 +46,7 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 class Rehearsal:
-    """Optimizer steps of a run, traced with any units frozen and any number of rows in a micro-batch.
+    """Steps of a run, traced with any units frozen and any number of rows, of any length, in a micro-batch.
 
     Attributes:
         model: The model.
@@ -59,8 +59,9 @@ class Rehearsal:
         model: nn.Module,
         units: Sequence[Unit],
         optimizer: torch.optim.Optimizer,
-        make_batch: Callable[[int], Mapping[str, Tensor]],
+        make_batch: Callable[[int, int], Mapping[str, Tensor]],
         *,
+        tokens: int,
         mode: FakeTensorMode | None = None,
         mixed_precision: str = "none",
         max_grad_norm: float | None = 1.0,
@@ -71,7 +72,8 @@ class Rehearsal:
             model: With adapters; puts out ``loss``.
             units: Its adapters, in the order of execution.
             optimizer: Over what trains.
-            make_batch: ``make_batch(rows)`` makes a micro-batch.
+            make_batch: ``make_batch(rows, tokens)`` makes a micro-batch.
+            tokens: Length of its rows where a trace does not say otherwise.
             mode: Of a fake model; None: the model is real.
             mixed_precision: ``none``, ``bf16`` or ``fp16``.
             max_grad_norm: Gradients are clipped to this norm; None: they are not.
@@ -81,30 +83,61 @@ class Rehearsal:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer = optimizer
         self._make_batch = make_batch
+        self._tokens = tokens
         self._mode = mode or nullcontext()
         self._mixed_precision = mixed_precision
         self._max_grad_norm = max_grad_norm
         with self._mode:
-            self._step(make_batch(1))
+            self._step(make_batch(1, tokens))
         self._state = dict(optimizer.state)
+        self._evaluations: dict[tuple[int, int], Trace] = {}
 
-    def trace(self, frozen: Collection[int], *, rows: int, accumulating: bool = False) -> Trace:
+    def trace(
+        self, frozen: Collection[int], *, rows: int, tokens: int | None = None, accumulating: bool = False
+    ) -> Trace:
         """The ledger of a step's last micro-step and update, with optimizer state there as after the first step.
 
         Args:
             frozen: Indices of the units that are frozen, in the way the Freezer does it.
             rows: Examples in the micro-batch.
+            tokens: Length of each; None: as configured.
             accumulating: Gradients of earlier micro-steps are there when it begins.
         """
         self._freeze(frozen)
         with self._mode:
-            batch = self._make_batch(rows)
+            batch = self._make_batch(rows, tokens or self._tokens)
             if accumulating:
                 for parameter in self._optimizer.state:
                     parameter.grad = torch.zeros_like(parameter)
             with Ledger(self.model, self._optimizer, batch=batch.values()) as ledger:
                 self._step(batch)
         return ledger.trace
+
+    def trace_evaluation(self, *, rows: int, tokens: int | None = None) -> Trace:
+        """The ledger of a forward pass in evaluation mode, without a graph and beside the whole optimizer state.
+
+        What is frozen changes nothing of it but that state, which only shrinks. So the trace is made with nothing frozen, once,
+        and holds for all of a run.
+
+        Args:
+            rows: Examples in the batch.
+            tokens: Length of each; None: as configured.
+        """
+        shape = (rows, tokens or self._tokens)
+        if shape not in self._evaluations:
+            self._freeze(())
+            self.model.eval()
+            with self._mode:
+                batch = self._make_batch(*shape)
+                with Ledger(self.model, self._optimizer, batch=batch.values()) as ledger, torch.no_grad():
+                    self._compute_loss(batch)
+            self._evaluations[shape] = ledger.trace
+        return self._evaluations[shape]
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass recomputes activations: gradient checkpointing."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
 
     @property
     def num_trainable(self) -> int:
@@ -118,15 +151,18 @@ class Rehearsal:
 
     def _step(self, batch: Mapping[str, Tensor]) -> None:
         self.model.train()
-        dtype = AUTOCAST.get(self._mixed_precision)
-        # As Accelerate does it: autocast around the forward pass alone, and float32 after it.
-        with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
-            loss = self.model(**batch).loss
-        (loss.float() if dtype else loss).backward()
+        self._compute_loss(batch).backward()  # type: ignore[no-untyped-call]
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def _compute_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        dtype = AUTOCAST.get(self._mixed_precision)
+        # As Accelerate does it: autocast around the forward pass alone, and float32 after it.
+        with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
+            loss: Tensor = self.model(**batch).loss
+        return loss.float() if dtype else loss
 
     def _freeze(self, frozen: Collection[int]) -> None:
         # A weight that several units share freezes with the last of them.
@@ -139,7 +175,7 @@ class Rehearsal:
 
 
 def make_full_batch(rows: int, *, tokens: int, num_labels: int, vocabulary: int) -> dict[str, Tensor]:
-    """A micro-batch as large as it can be: every row has ``tokens`` tokens, and all but the first one of padding.
+    """A micro-batch as large as it can be: every row has ``tokens`` tokens, and each but the first of several one of padding.
 
     So the padding mask is one that masks. Of a fake mask transformers cannot see what it masks, and never skips it, as it
     never can for a batch that is really padded (``masking_utils._ignore_causal_mask_sdpa``, 5.23). Of a batch without any
@@ -155,7 +191,7 @@ def make_full_batch(rows: int, *, tokens: int, num_labels: int, vocabulary: int)
         ``input_ids`` and ``attention_mask`` (rows, tokens), int64; ``labels`` (rows,), int64 or float32.
     """
     mask = torch.ones(rows, tokens, dtype=torch.long)
-    mask[1:, -1:] = 0
+    mask[min(1, rows - 1) :, -1:] = 0
     return {
         "input_ids": torch.randint(vocabulary, (rows, tokens)),
         "attention_mask": mask,

@@ -82,6 +82,14 @@ def find_period(model: nn.Module, units: Sequence[Unit]) -> int | None:
     )
 
 
+def group_alike(model: nn.Module, units: Sequence[Unit]) -> list[list[int]]:
+    """Indices of units that stand in the same place of layers that are alike, in the order of execution."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, unit in enumerate(units):
+        groups.setdefault(_signature(model, unit), []).append(i)
+    return list(groups.values())
+
+
 def _signature(model: nn.Module, unit: Unit) -> tuple[Hashable, ...]:
     # The name of a unit begins with that of its layer, up to the first number: roberta.encoder.layer.0.attention.self.query
     layer, place = re.match(r"(.*?\.\d+(?=\.|$))?(.*)", unit.name).groups()  # type: ignore[union-attr]

@@ -51,12 +51,19 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-def build_subject(config: Config) -> Subject:
+def build_subject(config: Config, *, num_labels: int | None = None) -> Subject:
     """The model as configured, on fake tensors; on real ones with random weights where it cannot be had on fake ones.
+
+    Args:
+        config: The run.
+        num_labels: Size of the head, where the data have been read; None: as the configuration or the task says, or else 2.
 
     Raises:
         ValueError: The configuration asks for what there is not, or the model can be run in neither way.
     """
+    if num_labels is not None:
+        names = tuple(map(str, range(num_labels)))
+        config = config.model_copy(update={"data": config.data.model_copy(update={"labels": names})})
     # It would print a traceback of what is told here in a sentence.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
@@ -105,18 +112,19 @@ def _build(config: Config, mode: FakeTensorMode | None) -> Subject:
         )
     text = base.config.get_text_config()
 
-    def make_batch(rows: int) -> dict[str, Tensor]:
-        return make_full_batch(rows, tokens=config.data.max_length, num_labels=num_labels, vocabulary=text.vocab_size)
+    def make_batch(rows: int, tokens: int) -> dict[str, Tensor]:
+        return make_full_batch(rows, tokens=tokens, num_labels=num_labels, vocabulary=text.vocab_size)
 
     optimizer = build_optimizer(model, config.training)
     model.eval()
     with mode or nullcontext():
-        units = find_units(model, lambda: model(**make_batch(1)), config.freezing.unit)
+        units = find_units(model, lambda: model(**make_batch(1, config.data.max_length)), config.freezing.unit)
     rehearsal = Rehearsal(
         model,
         units,
         optimizer,
         make_batch,
+        tokens=config.data.max_length,
         mode=mode,
         mixed_precision=config.training.mixed_precision,
         max_grad_norm=config.training.max_grad_norm,

@@ -29,7 +29,7 @@ ACTIVITIES = (
     "other",
 )
 # What the training proper consists of.
-TRAINING = ("data", "forward", "backward", "optimizer", "other")
+TRAINING = ("data", "cache", "forward", "backward", "optimizer", "other")
 
 
 class Clock:

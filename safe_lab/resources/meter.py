@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from safe_lab.importance.probe import Batch
 from safe_lab.memory import KINDS, Ledger, Trace
-from safe_lab.resources.clock import Clock, EnergyMeter
+from safe_lab.resources.clock import TRAINING, Clock, EnergyMeter
 from safe_lab.resources.flops import Shape, fit_flops
 
 FLOP_PHASES = ("forward", "backward", "scoring", "evaluation", "cache")
 # What of a step's bytes grows with the tokens in it.
 _BY_TOKEN = ("activations", "temporary")
+
+# Kind of pass, and what else tells the passes of a kind apart.
+Situation = tuple[Any, ...]
 
 
 @dataclass
@@ -32,15 +35,23 @@ class _Peak:
     activity: str | None = None
 
 
-class Meter:
-    r"""Bytes and FLOPs of a run, from micro-steps that are traced and others that are scaled from them.
+@dataclass
+class _Sample:
+    """A pass: whether it is traced, and afterwards its figures."""
 
-    A micro-step is traced if, since the last change (:meth:`changed`), none of its situation (first and last of its optimizer
-    step, optimizer state there or not) and class of tokens (from one power of two to the next) was; if it is longer than any
-    traced with as many examples; and until three lengths are traced. The others carry the figures of the traced one of their
-    situation that is nearest in size, with activations and temporaries scaled by the tokens, padding included. FLOPs of a
-    shape that was not traced follow exactly from those that were, as :func:`~safe_lab.resources.flops.fit_flops` tells, or are
-    scaled too.
+    traced: bool
+    trace: Trace = field(init=False)
+
+
+class Meter:
+    r"""Bytes and FLOPs of a run, from passes that are traced and others that are scaled from them.
+
+    A pass is a micro-step, or a run of the frozen prefix on its own. It is traced if, since the last change (:meth:`changed`),
+    none of its situation (first and last of its optimizer step, optimizer state there or not; first layer of the prefix) and
+    class of tokens (from one power of two to the next) was; if it is longer than any traced with as many examples; and until
+    three lengths are traced. The others carry the figures of the traced one of their situation that is nearest in size, with
+    activations and temporaries scaled by the tokens, padding included. FLOPs of a shape that was not traced follow exactly from
+    those that were, as :func:`~safe_lab.resources.flops.fit_flops` tells, or are scaled too.
 
     Attributes:
         clock: Seconds by activity.
@@ -61,10 +72,13 @@ class Meter:
         self._model = model
         self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._kept: list[Callable[[], Iterable[Tensor]]] = []
-        # Since the last change: traces by situation and shape, and how often each shape came by.
-        self._traces: dict[tuple[Any, Shape], Trace] = {}
-        self._visits: Counter[Shape] = Counter()
-        self._estimate: Callable[[Shape], dict[str, int]] | None = None
+        # Since the last change: traces by situation and shape, and how often each shape came by. The first part of a situation
+        # says what kind of pass it is; passes of a kind do the same FLOPs.
+        self._traces: dict[tuple[Situation, Shape], Trace] = {}
+        self._visits: Counter[tuple[str, Shape]] = Counter()
+        self._estimates: dict[str, Callable[[Shape], dict[str, int]]] = {}
+        # Inside an activity, whose ledger sees all there is.
+        self._in_activity = False
         self._evaluation: Trace | None = None
         # Over the run.
         self._flops = dict.fromkeys(FLOP_PHASES, 0)
@@ -74,6 +88,10 @@ class Meter:
         self._step_peak_byte_seconds = 0.0
         self._step_seconds = 0.0
         self._num_micro_steps = {"traced": 0, "scaled": 0}
+        self._num_evaluations = 0
+        # What was spent before the first freeze event, and how often each shape came by up to the last.
+        self._unfrozen: dict[str, Any] | None = None
+        self._passed: Counter[Shape] = Counter()
         # Since the last row: the figures of each micro-step, and whether it was traced.
         self._recent: list[tuple[Trace, bool]] = []
         # Spans of time with the bytes live in them, and the peak of the step; they are read together with the clock.
@@ -107,22 +125,25 @@ class Meter:
             first: It begins an optimizer step: no gradients are there yet.
             last: It ends one.
         """
-        examples, length, *_ = (*next(iter(batch.values())).shape, 1)
-        situation, shape = (first, last, bool(self._optimizer.state)), (examples, length)
-        began = self._end_idle()
-        wanted = self._wants_trace(situation, shape)
-        if wanted:
-            with Ledger(self._model, self._optimizer, cache=self._cache(), batch=batch.values()) as ledger:
-                yield
-            trace = self._traces[situation, shape] = ledger.trace
-            self._estimate = None
-        else:
+        shape = _shape_of(batch)
+        with self._sampled(("training", first, last, bool(self._optimizer.state)), shape, batch) as sample:
             yield
-            trace = self._scaled(situation, shape)
-        self._visits[shape] += 1
-        self._num_micro_steps["traced" if wanted else "scaled"] += 1
-        self._recent.append((trace, wanted))
-        self._account(trace, "training", began)
+        self._num_micro_steps["traced" if sample.traced else "scaled"] += 1
+        self._recent.append((sample.trace, sample.traced))
+
+    @contextmanager
+    def prefix_pass(self, batch: Batch, first_layer: int) -> Iterator[None]:
+        """Account for a run of the frozen prefix: seconds and FLOPs of ``cache``.
+
+        Args:
+            batch: Its tensors, the first of shape (examples, tokens).
+            first_layer: Where it begins.
+        """
+        if self._in_activity:
+            yield
+            return
+        with self.clock.on("cache"), self._sampled((f"cache/{first_layer}",), _shape_of(batch), batch):
+            yield
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
@@ -131,7 +152,7 @@ class Meter:
         Evaluation is traced once, as it runs the same batches each time; the others each time.
         """
         began = self._end_idle()
-        with self.clock.on(name):
+        with self.clock.on(name), self._inside():
             if name == "evaluation" and self._evaluation is not None:
                 yield
                 trace = self._evaluation
@@ -144,15 +165,73 @@ class Meter:
                 trace = ledger.trace
                 if name == "evaluation":
                     self._evaluation = trace
+        self._num_evaluations += name == "evaluation"
         self._flops[name] += trace.total_flops
         self._account(trace, name, began)
 
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        self._in_activity = True
+        try:
+            yield
+        finally:
+            self._in_activity = False
+
     def changed(self) -> None:
-        """Something froze, or else changed what a step costs: trace anew."""
+        """Something froze, or else changed what a step or an evaluation costs: trace anew."""
+        if self._unfrozen is None and self._visits:
+            self._unfrozen = self._look_back()
+        self._passed.update({shape: count for (kind, shape), count in self._visits.items() if kind == "training"})
         self._flops = self._flops_so_far()
         self._visits.clear()
         self._traces.clear()
-        self._estimate = None
+        self._estimates.clear()
+        self._evaluation = None
+
+    def forecast(self) -> dict[str, float | None] | None:
+        """What the run would have cost had nothing frozen, as its part before the first freeze event tells; None without one.
+
+        Returns:
+            ``flops`` of training and evaluation, exact where those of the lengths are; ``seconds`` of the same, at that part's
+            seconds a FLOP and an evaluation; ``memory_mean_bytes``, ``activations_mean_bytes`` and ``memory_peak_bytes``, that
+            part's own. Where it had no evaluation, those of the run count as they were.
+        """
+        before = self._unfrozen
+        if before is None:
+            return None
+        estimate = fit_flops({tuple(shape): flops for shape, flops in before["traced"]})
+        passed = Counter(self._passed)
+        passed.update({shape: count for (kind, shape), count in self._visits.items() if kind == "training"})
+        training = sum(count * sum(estimate(shape).values()) for shape, count in passed.items())
+        if before["evaluations"]:
+            evaluations = self._num_evaluations / before["evaluations"]
+            flops, seconds = evaluations * before["evaluation_flops"], evaluations * before["evaluation_seconds"]
+        else:
+            flops, seconds = self._flops["evaluation"], self._read()["evaluation"]
+        return {
+            "flops": training + round(flops),
+            "seconds": before["training_seconds"] * training / before["training_flops"] + seconds,
+            "memory_mean_bytes": before["memory_mean_bytes"],
+            "activations_mean_bytes": before["activations_mean_bytes"],
+            "memory_peak_bytes": before["memory_peak_bytes"],
+        }
+
+    def _look_back(self) -> dict[str, Any]:
+        """What the part of the run before the first freeze event has cost: plain values."""
+        seconds, flops = self._read(), self._flops_so_far()
+        return {
+            "traced": [
+                (shape, trace.flops) for (where, shape), trace in self._traces.items() if where[0] == "training"
+            ],
+            "training_flops": flops["forward"] + flops["backward"],
+            "training_seconds": sum(seconds[activity] for activity in TRAINING),
+            "evaluations": self._num_evaluations,
+            "evaluation_flops": flops["evaluation"],
+            "evaluation_seconds": seconds["evaluation"],
+            "memory_mean_bytes": self._mean(sum(self._byte_seconds.values()), self._span_seconds),
+            "activations_mean_bytes": self._mean(self._byte_seconds["activations"], self._span_seconds),
+            "memory_peak_bytes": self._peak.bytes,
+        }
 
     def recent(self) -> dict[str, Any]:
         """Figures of the micro-steps since the last call, and of the run up to now, for a row of metrics.jsonl.
@@ -211,7 +290,7 @@ class Meter:
             "cpu_seconds": self._cpu_so_far,
             "joules": self.energy.joules,
             "traces": [(situation, shape, asdict(trace)) for (situation, shape), trace in self._traces.items()],
-            "visits": dict(self._visits),
+            "visits": [(kind, shape, count) for (kind, shape), count in self._visits.items()],
             "evaluation": self._evaluation and asdict(self._evaluation),
             "held": self._held,
             "flops": self._flops,
@@ -220,6 +299,9 @@ class Meter:
             "spans": (self._step_peak_byte_seconds, self._step_seconds, self._span_seconds),
             "num_micro_steps": self._num_micro_steps,
             "process_peaks": self._process_peaks(),
+            "unfrozen": self._unfrozen,
+            "passed": list(self._passed.items()),
+            "num_evaluations": self._num_evaluations,
             "recent": [(asdict(trace), traced) for trace, traced in self._recent],
         }
 
@@ -230,8 +312,8 @@ class Meter:
         self._cpu_seconds = state["cpu_seconds"]
         self._earlier_peaks = state["process_peaks"]
         self._traces = {(tuple(situation), tuple(shape)): Trace(**trace) for situation, shape, trace in state["traces"]}
-        self._estimate = None
-        self._visits = Counter(state["visits"])
+        self._estimates.clear()
+        self._visits = Counter({(kind, tuple(shape)): count for kind, shape, count in state["visits"]})
         self._evaluation = state["evaluation"] and Trace(**state["evaluation"])
         self._held = dict(state["held"])
         self._flops = dict(state["flops"])
@@ -239,6 +321,9 @@ class Meter:
         self._byte_seconds = dict(state["byte_seconds"])
         self._step_peak_byte_seconds, self._step_seconds, self._span_seconds = state["spans"]
         self._num_micro_steps = dict(state["num_micro_steps"])
+        self._unfrozen = state["unfrozen"]
+        self._passed = Counter({tuple(shape): count for shape, count in state["passed"]})
+        self._num_evaluations = state["num_evaluations"]
         self._recent = [(Trace(**trace), traced) for trace, traced in state["recent"]]
         self._spans.clear()
         self._idle_since = self.clock.mark()
@@ -260,17 +345,33 @@ class Meter:
     def _cpu_so_far(self) -> float:
         return self._cpu_seconds + time.process_time() - self._cpu_began
 
-    def _wants_trace(self, situation: Any, shape: Shape) -> bool:
+    @contextmanager
+    def _sampled(self, situation: Situation, shape: Shape, batch: Batch) -> Iterator[_Sample]:
+        """Trace a pass, or take the figures of those that were."""
+        began = self._end_idle()
+        sample = _Sample(self._wants_trace(situation, shape))
+        if sample.traced:
+            with Ledger(self._model, self._optimizer, cache=self._cache(), batch=batch.values()) as ledger:
+                yield sample
+            sample.trace = self._traces[situation, shape] = ledger.trace
+            self._estimates.pop(situation[0], None)
+        else:
+            yield sample
+            sample.trace = self._scaled(situation, shape)
+        self._visits[situation[0], shape] += 1
+        self._account(sample.trace, situation[0].partition("/")[0], began)
+
+    def _wants_trace(self, situation: Situation, shape: Shape) -> bool:
         examples, length = shape
         tokens = examples * length
         alike = [known for where, known in self._traces if where == situation]
         new_class = all((known[0] * known[1]).bit_length() != tokens.bit_length() for known in alike)
         # Attention grows with the square of the length, so that few long examples are compared with as many.
         longest = max((known[1] for known in alike if known[0] == examples), default=0)
-        lengths = {known[1] for _, known in self._traces}
+        lengths = {known[1] for where, known in self._traces if where[0] == situation[0]}
         return new_class or length > longest or (len(lengths) < 3 and length not in lengths)
 
-    def _scaled(self, situation: Any, shape: Shape) -> Trace:
+    def _scaled(self, situation: Situation, shape: Shape) -> Trace:
         """The nearest traced step's figures at another number of tokens, and with what is kept by now."""
         tokens = shape[0] * shape[1]
         near_shape, near = min(
@@ -319,17 +420,25 @@ class Meter:
 
     def _flops_so_far(self) -> dict[str, int]:
         flops = dict(self._flops)
-        if self._visits and self._estimate is None:
-            self._estimate = fit_flops({shape: trace.flops for (_, shape), trace in self._traces.items()})
-        for shape, count in self._visits.items():
-            assert self._estimate is not None
-            for phase, value in self._estimate(shape).items():
-                flops[phase] += count * value
+        for (kind, shape), count in self._visits.items():
+            for phase, value in self._estimate(kind)(shape).items():
+                flops[phase if kind == "training" else "cache"] += count * value
         return flops
+
+    def _estimate(self, kind: str) -> Callable[[Shape], dict[str, int]]:
+        if kind not in self._estimates:
+            known = {shape: trace.flops for (where, shape), trace in self._traces.items() if where[0] == kind}
+            self._estimates[kind] = fit_flops(known)
+        return self._estimates[kind]
 
     @staticmethod
     def _mean(byte_seconds: float, seconds: float) -> float | None:
         return byte_seconds / seconds if seconds else None
+
+
+def _shape_of(batch: Batch) -> Shape:
+    examples, length, *_ = (*next(iter(batch.values())).shape, 1)
+    return examples, length
 
 
 def host_memory_peak_bytes() -> int:

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from safe_lab.adapters import attach, build_peft_config, find_units
 from safe_lab.memory.predict import Rehearsal, count_bytes, make_full_batch, to_fake
-from safe_lab.model import head_modules
+from safe_lab.model import checkpoint_gradients, head_modules
 
 
 def build(family="bert", *, fake, **settings):
@@ -16,8 +16,8 @@ def build(family="bert", *, fake, **settings):
     model = attach(base, config).model
     mode = FakeTensorMode() if fake else None
 
-    def make_batch(rows):
-        return make_full_batch(rows, tokens=12, num_labels=2, vocabulary=64)
+    def make_batch(rows, tokens):
+        return make_full_batch(rows, tokens=tokens, num_labels=2, vocabulary=64)
 
     model.eval()
     units = find_units(model, lambda: model(**tiny_batch()))
@@ -26,9 +26,9 @@ def build(family="bert", *, fake, **settings):
         to_fake(model, mode)
         assert not set(parameters.values()) & {id(parameter) for parameter in model.parameters()}
         with mode:
-            units = find_units(model, lambda: model(**make_batch(1)))
+            units = find_units(model, lambda: model(**make_batch(1, 12)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    return Rehearsal(model, units, optimizer, make_batch, mode=mode, **settings)
+    return Rehearsal(model, units, optimizer, make_batch, tokens=12, mode=mode, **settings)
 
 
 def test_everything_of_a_fake_model_is_fake_and_keeps_shape_dtype_flags_and_ties():
@@ -100,6 +100,7 @@ def test_a_full_batch_has_padding_that_masks():
         "labels": ((3,), torch.int64),
     }
     assert batch["attention_mask"].sum(dim=1).tolist() == [5, 4, 4]
+    assert make_full_batch(1, tokens=5, num_labels=4, vocabulary=64)["attention_mask"].sum() == 4
     assert make_full_batch(3, tokens=5, num_labels=1, vocabulary=64)["labels"].dtype == torch.float32
 
 
@@ -108,3 +109,43 @@ def test_mixed_precision_keeps_copies_of_the_weights_in_half_precision():
     assert mixed.flops == plain.flops
     assert mixed.peak["activations"] < plain.peak["activations"]
     assert mixed.peak["parameters"] == plain.peak["parameters"]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_fake_evaluation_costs_what_the_real_one_does(family):
+    fake, real = build(family, fake=True), build(family, fake=False)
+    for rows, tokens in [(5, 9), (2, None)]:
+        predicted, measured = (one.trace_evaluation(rows=rows, tokens=tokens) for one in (fake, real))
+        assert predicted.flops == measured.flops
+        assert predicted.flops["backward"] == 0
+        assert predicted.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.001)
+
+
+def test_an_evaluation_keeps_nothing_for_a_backward_pass_and_holds_the_whole_optimizer_state():
+    rehearsal = build(fake=True)
+    whole, step = rehearsal.trace((), rows=8), rehearsal.trace((0, 1), rows=8)
+    evaluation = rehearsal.trace_evaluation(rows=8)
+    assert not rehearsal.model.training
+    assert evaluation.peak["activations"] == 0
+    assert evaluation.peak["temporary"] < whole.peak["activations"] / 3
+    assert evaluation.held["optimizer"] > step.held["optimizer"]
+    assert evaluation.left["gradients"] == 0
+    # Made once, and a step after it trains again.
+    assert rehearsal.trace_evaluation(rows=8, tokens=12) is evaluation
+    assert rehearsal.trace((0, 1), rows=8).peak_bytes == step.peak_bytes
+
+
+def test_a_trace_takes_rows_of_any_length():
+    rehearsal = build(fake=True)
+    assert rehearsal.trace((), rows=4, tokens=12).peak == rehearsal.trace((), rows=4).peak
+    flops = [rehearsal.trace((), rows=4, tokens=tokens).total_flops for tokens in (5, 10, 20)]
+    assert 2 * flops[0] < flops[1] < flops[2] / 2
+
+
+def test_a_rehearsal_knows_whether_it_recomputes():
+    rehearsal = build(fake=True)
+    assert not rehearsal.recomputes
+    plain = rehearsal.trace((), rows=4)
+    checkpoint_gradients(rehearsal.model.get_base_model())
+    assert rehearsal.recomputes
+    assert rehearsal.trace((), rows=4).peak["activations"] < plain.peak["activations"]

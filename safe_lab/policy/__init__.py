@@ -7,31 +7,24 @@ this scoring. Freezing is for good: what is frozen already is never returned, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from safe_lab.policy.budget import importance_shares, select_budget
+from safe_lab.policy.state import PredictedSavings, State, frozen_depth
 
-@dataclass(frozen=True)
-class State:
-    """What a policy decides on, at one scoring.
-
-    Attributes:
-        scores: Importance by unit, as normalised; empty for a policy that needs none.
-        level: What the schedule gives now: a threshold on the scores, or a share of the units in [0, 1].
-        frozen: Units frozen already.
-        num_units: Number of units.
-        warm: Whether warm-up is over.
-        seed: Seed of the run, for policies that draw.
-    """
-
-    scores: Sequence[float]
-    level: float
-    frozen: Collection[int]
-    num_units: int
-    warm: bool
-    seed: int
+__all__ = [
+    "POLICIES",
+    "Policy",
+    "PredictedSavings",
+    "State",
+    "frozen_depth",
+    "importance_shares",
+    "normalize",
+    "select_budget",
+]
 
 
 @dataclass(frozen=True)
@@ -41,17 +34,18 @@ class Policy:
     Attributes:
         select: The decision: units that freeze now, in ascending order.
         summary: One line for ``--help``.
-        level: What the schedule rises to: the threshold ``final_threshold``, the share ``final_share``, or nothing.
+        level: What the schedule rises to: the threshold ``final_threshold``, the share of the units ``final_share``, the share
+            of their importance ``final_importance``, or nothing.
     """
 
     select: Callable[[State], list[int]]
     summary: str
-    level: Literal["threshold", "share", "none"]
+    level: Literal["threshold", "share", "importance", "none"]
 
     @property
     def uses_scores(self) -> bool:
         """Whether units have to be scored for this policy."""
-        return self.level == "threshold"
+        return self.level in ("threshold", "importance")
 
 
 def select_none(state: State) -> list[int]:
@@ -105,6 +99,11 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
         "none": Policy(select_none, "nothing freezes", level="none"),
         "safe": Policy(select_safe, "units of importance under the threshold (the paper's)", level="threshold"),
+        "budget": Policy(
+            select_budget,
+            "what saves most while the share of importance frozen stays within a growing budget",
+            level="importance",
+        ),
         "prefix": Policy(
             select_prefix, "a growing share of the units from the input, by schedule alone", level="share"
         ),
@@ -141,15 +140,3 @@ def normalize(scores: Sequence[float], how: str) -> list[float]:
     if how == "none":
         return list(scores)
     raise ValueError(f"normalize: {how!r} is none of none, max, rank")
-
-
-def frozen_depth(frozen: Collection[int], num_units: int) -> int:
-    """Length of the frozen run of units from the input: what frees activations.
-
-    >>> frozen_depth({0, 1, 3}, 6)
-    2
-    """
-    depth = 0
-    while depth < num_units and depth in frozen:
-        depth += 1
-    return depth

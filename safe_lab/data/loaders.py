@@ -1,0 +1,87 @@
+"""Where batches come from: loaders of the splits, the probe, and the blocks that a cache is filled from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from safe_lab.data.batches import EpochBatchSampler
+
+log = logging.getLogger(__name__)
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+
+
+def build_train_loader(
+    dataset: Any, sampler: EpochBatchSampler, collate: Collate, *, seed: int, num_workers: int
+) -> DataLoader[Any]:
+    """Loader of the training split in the sampler's order."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        # Making an iterator draws a seed: from the global stream, were there no generator, and resume would not be exact.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def build_eval_loader(dataset: Any, collate: Collate, batch_size: int) -> DataLoader[Any]:
+    """Loader of a validation split, longest first: no padding to speak of, and out of memory at once if at all."""
+    return DataLoader(
+        Subset(dataset, order_by_length(dataset["length"])),
+        batch_size=batch_size,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def build_probe(
+    train: Any, collate: Collate, *, num_samples: int | None, max_batch_size: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """The fixed examples on which scores are computed: drawn from the training split, in batches of like length.
+
+    Args:
+        train: The training split.
+        collate: Pads.
+        num_samples: How many; None: 128, but at most 1 in 50 (so that all scoring together costs under 2 % of the FLOPs of
+            training) and at least 16.
+        max_batch_size: Most examples in a batch; there are about eight batches, which leaves little padding.
+        seed: Seed of the draw.
+    """
+    available = len(train)
+    wanted = max(16, min(128, available // 50)) if num_samples is None else num_samples
+    if num_samples is not None and wanted > available:
+        log.warning(
+            "freezing.probe_samples is %d, and the training split has %d examples: all are taken", wanted, available
+        )
+    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
+    rows = sorted((train[i] for i in drawn), key=lambda row: row["length"])
+    size = min(max_batch_size, max(4, wanted // 8))
+    return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def iterate_blocks(datasets: Iterable[Any], collate: Collate, rows: int) -> Iterator[dict[str, Tensor]]:
+    """All examples in batches of ``rows``, always the same ones, each dataset from its longest example down.
+
+    No random stream is touched.
+    """
+    for dataset in datasets:
+        order = order_by_length(dataset["length"])
+        for start in range(0, len(order), rows):
+            yield collate([dataset[i] for i in order[start : start + rows]])
+
+
+def order_by_length(lengths: Sequence[int]) -> list[int]:
+    """Indices, the longest first.
+
+    >>> order_by_length([2, 5, 5, 3])
+    [1, 2, 3, 0]
+    """
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])

@@ -1,0 +1,110 @@
+"""What a run itself asks of the plan: micro-batches within its memory budget, and what freezing will save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from safe_lab.byte_size import parse_bytes
+from safe_lab.config import Config
+from safe_lab.memory import Stage, plan_stage
+from safe_lab.memory.predict import Rehearsal
+from safe_lab.plan.depths import fill_depths, find_period, group_alike
+from safe_lab.plan.subject import build_subject
+from safe_lab.policy import PredictedSavings
+
+
+class Planner:
+    """Plans the micro-batches of a run, stage by stage.
+
+    Attributes:
+        largest_batch: Rows of any length that fit at any stage, evaluated or trained on.
+    """
+
+    def __init__(self, config: Config, *, num_labels: int, longest: int) -> None:
+        """Plan the first stage, in which nothing is frozen.
+
+        Args:
+            config: The run; ``memory.budget`` is set.
+            num_labels: Size of the head.
+            longest: Tokens of the longest example of all splits.
+
+        Raises:
+            ValueError: Not even a single row fits the budget, or the model can be rehearsed in no way.
+        """
+        assert config.memory.budget is not None
+        self._config = config
+        self._num_labels = num_labels
+        self._longest = longest
+        self._budget_bytes = parse_bytes(config.memory.budget)
+        self._subject = build_subject(config, num_labels=num_labels)
+        self._recomputing: Rehearsal | None = None
+        self._stages: dict[tuple[tuple[int, ...], int], Stage] = {}
+        first = self.plan([False] * len(self._subject.rehearsal.units), kept_bytes=0)
+        self.largest_batch = min(first.rows(longest), first.eval_rows(longest))
+
+    def plan(self, frozen: Sequence[bool], *, kept_bytes: int) -> Stage:
+        """The stage in which these units are frozen.
+
+        Args:
+            frozen: Whether a unit is, by unit.
+            kept_bytes: What savings keep beside the model on its device.
+
+        Raises:
+            ValueError: Not even a single row fits the budget.
+        """
+        config, indices = self._config, tuple(i for i, is_frozen in enumerate(frozen) if is_frozen)
+        if (indices, kept_bytes) not in self._stages:
+            allowed = config.memory.gradient_checkpointing and not config.model.gradient_checkpointing
+            self._stages[indices, kept_bytes] = plan_stage(
+                self._subject.rehearsal,
+                indices,
+                budget_bytes=self._budget_bytes,
+                kept_bytes=self._subject.kept_bytes + self._probe_bytes + kept_bytes,
+                batch_rows=config.training.batch_size,
+                eval_batch_rows=config.training.eval_batch_size,
+                longest=self._longest,
+                accumulating=config.training.gradient_accumulation > 1,
+                with_checkpointing=self._rehearse_with_checkpointing if allowed else None,
+            )
+        return self._stages[indices, kept_bytes]
+
+    @property
+    def _probe_bytes(self) -> int:
+        """At most: int64 for ids, mask and token types of as many examples as are drawn if nothing is said."""
+        return (self._config.freezing.probe_samples or 128) * self._longest * 3 * 8
+
+    def _rehearse_with_checkpointing(self) -> Rehearsal:
+        if self._recomputing is None:
+            model = self._config.model.model_copy(update={"gradient_checkpointing": True})
+            config = self._config.model_copy(update={"model": model})
+            self._recomputing = build_subject(config, num_labels=self._num_labels).rehearsal
+        return self._recomputing
+
+
+def predict_savings(config: Config, num_labels: int) -> PredictedSavings:
+    """What freezing saves of a full step, for policy ``budget``: FLOPs, or bytes at the peak, as ``freezing.budget_saves`` says.
+
+    Args:
+        config: The run.
+        num_labels: Size of the head.
+
+    Raises:
+        ValueError: The model can be rehearsed in no way.
+    """
+    rehearsal = build_subject(config, num_labels=num_labels).rehearsal
+    num_units, rows = len(rehearsal.units), config.training.batch_size
+
+    def cost(frozen: Sequence[int]) -> int:
+        trace = rehearsal.trace(frozen, rows=rows)
+        return trace.total_flops if config.freezing.budget_saves == "flops" else trace.peak_bytes
+
+    period = find_period(rehearsal.model, rehearsal.units)
+    by_depth, _ = fill_depths(num_units, period, lambda depth: {"cost": cost(range(depth))})
+    whole = by_depth[0]["cost"]
+    # Units that are alike save alike; the first is looked at last, as frozen alone it is a frozen run from the input.
+    elsewhere = [0] * num_units
+    for alike in group_alike(rehearsal.model, rehearsal.units):
+        saved = whole - cost([alike[-1]])
+        for unit in alike:
+            elsewhere[unit] = max(0, saved)
+    return PredictedSavings(by_depth=[whole - figures["cost"] for figures in by_depth], elsewhere=elsewhere)

@@ -1,0 +1,373 @@
+"""The activation cache: the frozen prefix's output of every example, kept once it can no longer change.
+
+An example is known by its content (token ids and what else the model takes of it), so that no loop has to number its examples,
+and equal ones are kept once. Rows are kept without padding. Each has a checksum: a cache that is cut or altered is found out
+at the reading, never used.
+
+The bits of a row must not depend on the batch in which it was computed, or a resumed run would differ from one left alone. So
+rows are computed in blocks of fixed composition, and padded to a multiple of 16 tokens, at which kernels treat every row alike
+(measured on CPU: docs/log.md, 2026-11-21).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from safe_lab.importance.probe import Batch
+from safe_lab.prefix.rows import count_tokens, make_keys
+from safe_lab.prefix.stack import Stack
+from safe_lab.prefix.store import FileStore, MemoryStore
+
+log = logging.getLogger(__name__)
+
+DATA, INDEX = "activations.bin", "activations.index"
+_ENTRY = np.dtype([("key", "S16"), ("offset", "<i8"), ("tokens", "<i4"), ("checksum", "<u8")])
+
+
+class _UnusableError(Exception):
+    """The cache cannot go on; the message is a clause that says why."""
+
+
+class ActivationCache:
+    """Activations by example, at one depth.
+
+    What goes wrong with it (a full disk, a file cut or altered) is told once; the cache is then dropped, and nothing is found.
+
+    Attributes:
+        depth: Layers whose output is kept; 0: nothing is.
+        path: The depths through which it came there. With a ``dtype`` that rounds, another path gives other bits.
+        num_examples: Examples kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        limit_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Prepare; nothing is written yet.
+
+        Args:
+            folder: Where its two files lie; None: in the host's memory.
+            limit_bytes: Most bytes of activations; None: half of what is free when it is first filled.
+            dtype: What they are kept in; None: as computed.
+        """
+        self.depth = 0
+        self.path: list[int] = []
+        self.limit_bytes = limit_bytes
+        self._folder = folder
+        self._dtype = dtype
+        self._computed: torch.dtype | None = None
+        self._width = 0
+        # Key -> offset, tokens, checksum.
+        self._rows: dict[bytes, tuple[int, int, int]] = {}
+        self._store: FileStore | MemoryStore | None = None
+        self._dropped = False
+        self._reader: ThreadPoolExecutor | None = None
+        # Of the last two batches that were read ahead, the row of each key, and the rows.
+        self._ahead: deque[tuple[dict[bytes, int], Future[Tensor | None]]] = deque(maxlen=2)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples kept."""
+        return len(self._rows)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of activations kept."""
+        return self._store.size if self._store is not None else 0
+
+    @property
+    def kept(self) -> Sequence[Tensor]:
+        """What of it lies in memory."""
+        return self._store.kept if self._store is not None else ()
+
+    @property
+    def usable(self) -> bool:
+        """It has not been dropped."""
+        return not self._dropped
+
+    def grow(
+        self, stack: Stack, depth: int, blocks: Iterable[Batch], *, around: Callable[[Any], Any], fingerprint: str
+    ) -> None:
+        """Keep the output of layer ``depth - 1``: from what is kept so far, or from the input if nothing is.
+
+        Args:
+            stack: The layers.
+            depth: The new depth, greater than the one so far.
+            blocks: Batches of all examples, padded on the right, in an order and composition that never change.
+            around: Wraps the computation of a block, ``with around(inputs): ...`` (a meter, autocast).
+            fingerprint: Of all that the activations depend on beside the examples; see :meth:`resume`.
+        """
+        if self._dropped:
+            return
+        assert depth > self.depth
+        self._forget_ahead()
+        try:
+            self._open()
+            grown: set[bytes] = set()
+            for block in blocks:
+                self._grow_block(stack, depth, block, around, grown)
+            self.depth, self.path = depth, [*self.path, depth]
+            self._write_index(fingerprint)
+        except OSError as error:
+            self._drop(f"cannot be written ({error})")
+        except _UnusableError as error:
+            self._drop(str(error))
+        except BaseException:
+            # Whoever goes on after it (out of memory, an interrupt) must not read rows of two depths.
+            self._abandon()
+            raise
+
+    def resume(self, path: Sequence[int], fingerprint: str) -> bool:
+        """Take up what an earlier process left behind, if it is this very cache; whether it was.
+
+        Args:
+            path: The depths through which it must have come.
+            fingerprint: As given to :meth:`grow`, of the model as it stands now.
+        """
+        if self._folder is None or not path or self._dropped:
+            return False
+        try:
+            header, entries = _read_index(self._folder / INDEX)
+            computed = getattr(torch, header["computed"])
+            here = fingerprint, list(path), str(self._dtype)
+            size = (self._folder / DATA).stat().st_size
+            if (header["fingerprint"], header["path"], header["dtype"]) != here or size < header["bytes"]:
+                return False
+            self._store = FileStore(self._folder / DATA, size=header["bytes"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        self._rows = {
+            bytes(key).ljust(16, b"\0"): (int(offset), int(tokens), int(checksum))
+            for key, offset, tokens, checksum in entries
+        }
+        self._width, self._computed = header["width"], computed
+        self.depth, self.path = path[-1], list(path)
+        return True
+
+    def find(self, inputs: Batch) -> list[bool]:
+        """Which rows of a batch are kept."""
+        return [key in self._rows for key in make_keys(inputs)]
+
+    def ahead(self, inputs: Batch) -> None:
+        """Begin to read the rows of a batch that is about to come, off this thread.
+
+        Whether it is then asked for whole or in parts makes no difference. Of three such batches the first is forgotten.
+        """
+        keys = [key for key in make_keys(inputs) if key in self._rows] if self.depth else []
+        if keys:
+            self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="activation-cache")
+            future = self._reader.submit(self._read, keys, inputs["input_ids"].shape[1])
+            self._ahead.append(({key: row for row, key in enumerate(keys)}, future))
+
+    def read(self, inputs: Batch, rows: Sequence[int] | None = None) -> Tensor | None:
+        """Activations of rows that are kept.
+
+        Args:
+            inputs: The batch.
+            rows: Which of its rows; None: all.
+
+        Returns:
+            (rows, T, D) on the host, in the dtype in which they were computed, T as in ``inputs``, zero where there is
+            padding. None if the cache had to be dropped.
+        """
+        keys = make_keys(inputs)
+        keys = keys if rows is None else [keys[i] for i in rows]
+        columns = inputs["input_ids"].shape[1]
+        found = self._take_ahead(keys, columns)
+        if found is None:
+            found = self._read(keys, columns)
+        if found is None and not self._dropped:
+            self._drop("was cut or altered")
+        return found
+
+    def close(self, *, keep: bool = False) -> None:
+        """End: give memory back, and remove the files unless they are to be kept."""
+        self._forget_ahead()
+        if self._reader is not None:
+            self._reader.shutdown()
+            self._reader = None
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+        self._rows, self.depth, self.path = {}, 0, []
+        if self._folder is not None and not keep:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open(self) -> None:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # From here on until it is written anew the data are between two depths.
+            (self._folder / INDEX).unlink(missing_ok=True)
+        if self._store is None:
+            self._store = MemoryStore() if self._folder is None else FileStore(self._folder / DATA)
+        if self.limit_bytes is None:
+            self.limit_bytes = _free_bytes(self._folder) // 2
+
+    def _grow_block(
+        self, stack: Stack, depth: int, block: Batch, around: Callable[[Any], Any], grown: set[bytes]
+    ) -> None:
+        """Keep a block's rows at the new depth, each example once.
+
+        Args:
+            stack: The layers.
+            depth: The new depth.
+            block: The batch.
+            around: Wraps the computation.
+            grown: Keys of the examples that are at the new depth; those of this block are added.
+        """
+        assert self._store is not None
+        keys, lengths = make_keys(block), count_tokens(block)
+        rows = []
+        for row, key in enumerate(keys):
+            # From the input on what is not there yet, later on what is. An example without tokens has nothing to keep.
+            if key not in grown and (key in self._rows) == (self.depth > 0) and lengths[row]:
+                rows.append(row)
+                grown.add(key)
+        # Nothing is computed that does not fit; how large a row is shows only with the first block.
+        rows = self._fitting(rows, lengths) if self._width else rows
+        if not rows:
+            return
+        inputs = stack.select(block, rows)
+        hidden = None
+        if self.depth:
+            stored = self._read([keys[i] for i in rows], inputs["input_ids"].shape[1])
+            if stored is None:
+                raise _UnusableError("was cut or altered")
+            hidden = stored.to(inputs["input_ids"].device)
+        with around(inputs):
+            hidden = stack.run(inputs, start=self.depth, stop=depth, hidden=hidden)
+        self._computed, self._width = hidden.dtype, hidden.shape[-1]
+        kept = hidden.to(device="cpu", dtype=self._dtype or hidden.dtype)
+        parts = {row: kept[i, : lengths[row]] for i, row in enumerate(rows)}
+        overflowed = kept.isinf() & hidden.isfinite().to("cpu")
+        if any(overflowed[i, : lengths[row]].any() for i, row in enumerate(rows)):
+            raise _UnusableError(f"cannot keep values beyond the range of {str(kept.dtype).removeprefix('torch.')}")
+        rows = self._fitting(rows, lengths)
+        if not self.depth:
+            offset = self._store.extend(sum(parts[row].nbytes for row in rows))
+        for row in rows:
+            part = parts[row].contiguous().view(torch.uint8).numpy()
+            at = self._rows[keys[row]][0] if self.depth else offset
+            self._store.write(at, part)
+            self._rows[keys[row]] = (at, lengths[row], xxhash.xxh3_64_intdigest(part.data))
+            if not self.depth:
+                offset += part.nbytes
+
+    def _fitting(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Those of some rows for which there is room, the first ones first; what is kept already has its room."""
+        assert self._store is not None and self._computed is not None and self.limit_bytes is not None
+        if self.depth:
+            return list(rows)
+        token_bytes = self._width * (self._dtype or self._computed).itemsize
+        room, fitting = self.limit_bytes - self._store.size, []
+        for row in rows:
+            if lengths[row] * token_bytes <= room:
+                room -= lengths[row] * token_bytes
+                fitting.append(row)
+        return fitting
+
+    def _take_ahead(self, keys: Sequence[bytes], columns: int) -> Tensor | None:
+        """Rows that were read ahead, cut to ``columns``; None if they were not, or could not be read."""
+        for entry in self._ahead:
+            places, future = entry
+            if all(key in places for key in keys):
+                hidden = future.result()
+                if hidden is None or hidden.shape[1] < columns:
+                    return None
+                if len(keys) == len(hidden):
+                    self._ahead.remove(entry)
+                rows = [places[key] for key in keys]
+                in_order = rows == list(range(len(hidden)))
+                return (hidden if in_order else hidden[torch.tensor(rows)])[:, :columns]
+        return None
+
+    def _read(self, keys: Sequence[bytes], columns: int) -> Tensor | None:
+        assert self._store is not None and self._computed is not None
+        hidden = torch.zeros(len(keys), columns, self._width, dtype=self._dtype or self._computed)
+        target = hidden.view(torch.uint8).numpy()
+        try:
+            for row, key in enumerate(keys):
+                offset, tokens, checksum = self._rows[key]
+                part = target[row, :tokens]
+                if not self._store.read(offset, part) or xxhash.xxh3_64_intdigest(part.data) != checksum:
+                    return None
+        except OSError as error:
+            log.debug("reading activations: %s", error)
+            return None
+        return hidden.to(self._computed)
+
+    def _write_index(self, fingerprint: str) -> None:
+        if self._folder is None:
+            return
+        assert isinstance(self._store, FileStore)
+        self._store.sync()
+        entries = np.array([(key, *row) for key, row in self._rows.items()], dtype=_ENTRY)
+        header = {
+            "fingerprint": fingerprint,
+            "path": self.path,
+            "bytes": self._store.size,
+            "width": self._width,
+            "dtype": str(self._dtype),
+            "computed": str(self._computed).removeprefix("torch."),
+        }
+        table = io.BytesIO()
+        np.save(table, entries, allow_pickle=False)
+        body = json.dumps(header).encode() + b"\n" + table.getvalue()
+        unfinished = self._folder / f".unfinished-{INDEX}"
+        with unfinished.open("wb") as file:
+            file.write(hashlib.sha256(body).digest() + body)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self._folder / INDEX)
+
+    def _drop(self, reason: str) -> None:
+        log.warning("the activation cache %s; it is dropped, and the frozen layers run again from here on", reason)
+        self._abandon()
+
+    def _abandon(self) -> None:
+        self.close()
+        self._dropped = True
+
+    def _forget_ahead(self) -> None:
+        # One thread reads them in turn: with the last of them those that were forgotten before are done too.
+        wait([future for _, future in self._ahead])
+        self._ahead.clear()
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    """Header and entries.
+
+    Raises:
+        OSError: There is none.
+        ValueError: It is cut or altered.
+    """
+    whole = path.read_bytes()
+    digest, body = whole[:32], whole[32:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError("altered")
+    header, _, table = body.partition(b"\n")
+    return json.loads(header), np.load(io.BytesIO(table), allow_pickle=False)
+
+
+def _free_bytes(folder: Path | None) -> int:
+    if folder is not None:
+        return shutil.disk_usage(folder).free
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
