@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safe_lab.adapters import attach, find_units
     from safe_lab.config import Config, load
-    from safe_lab.fold import fold, unfold
+    from safe_lab.folding import fold, unfold
     from safe_lab.freezing import Freezer, FreezingRule, Scoring
     from safe_lab.importance import METRICS
-    from safe_lab.memory import Ledger, Trace
+    from safe_lab.memory import Ledger, Trace, split_batch
     from safe_lab.prefix import ActivationCache, Prefix
     from safe_lab.section import ConfigError
     from safe_lab.units import Unit
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _HOME = {
     "ActivationCache": "prefix",
     "Prefix": "prefix",
-    "fold": "fold",
-    "unfold": "fold",
+    "fold": "folding",
+    "unfold": "folding",
     "attach": "adapters",
     "find_units": "adapters",
     "Config": "config",
@@ -33,6 +33,7 @@ _HOME = {
     "METRICS": "importance",
     "Ledger": "memory",
     "Trace": "memory",
+    "split_batch": "memory",
     "Unit": "units",
 }
 
@@ -52,6 +53,7 @@ __all__ = [
     "find_units",
     "fold",
     "load",
+    "split_batch",
     "unfold",
 ]
 

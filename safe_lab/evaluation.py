@@ -47,7 +47,7 @@ def evaluate(
     for split, batches in validation.items():
         outputs: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in batches:
-            for part, _ in [(batch, 1.0)] if most_rows is None else memory.split(batch, most_rows):
+            for part, _ in [(batch, 1.0)] if most_rows is None else memory.split_batch(batch, most_rows):
                 with torch.no_grad(), skipping(part):
                     output = model(**send_to_device(part, accelerator.device))
                 labels = part["labels"].to(accelerator.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from safe_lab.fold import fold, folded_layers, folding_state, kept_tensors, restore_folding, unfold
+from safe_lab.folding import fold, folded_layers, folding_state, kept_tensors, restore_folding, unfold
 from safe_lab.freezing import Freezer
 from safe_lab.importance.probe import Batch
 from safe_lab.prefix import Prefix
@@ -56,7 +56,7 @@ class Savings:
             freezer: Its frozen adapters are folded.
             meter: Is told what is done.
             prefix: The frozen prefix; None: there is none.
-            fold_tolerance: See :func:`safe_lab.fold.fold`; None: nothing is folded.
+            fold_tolerance: See :func:`safe_lab.folding.fold`; None: nothing is folded.
             blocks: All examples to be cached, in batches that are the same each time.
         """
         self._freezer = freezer

@@ -22,7 +22,7 @@ from safe_lab.data import EpochBatchSampler, Task
 from safe_lab.evaluation import evaluate, metric_key
 from safe_lab.freezing import Freezer
 from safe_lab.importance.probe import Batch, LossFunction
-from safe_lab.memory import Stage, halved, is_out_of_memory, split
+from safe_lab.memory import Stage, halved, is_out_of_memory, split_batch
 from safe_lab.resources import TRAINING, Meter
 from safe_lab.rng import get_rng_state, set_rng_state
 from safe_lab.run_folder import RunFolder, RunFolderError
@@ -193,7 +193,7 @@ class Trainer:
         streams, begins_step = get_rng_state(), self._begins_step
         gradients = {p: p.grad.clone() for p in self._trained.values() if p.grad is not None}
         try:
-            self._run(split(batch, self._stage.rows))
+            self._run(split_batch(batch, self._stage.rows))
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or self._has_halved or self._has_stepped:
@@ -206,7 +206,7 @@ class Trainer:
         for parameter in self._trained.values():
             parameter.grad = gradients.get(parameter)
         set_rng_state(streams)
-        self._run(split(batch, self._stage.rows))
+        self._run(split_batch(batch, self._stage.rows))
 
     def _run(self, parts: Iterable[tuple[Batch, float]]) -> None:
         """Forward and backward of the parts of a batch with their weights, and the optimizer's step if it is due."""

@@ -13,7 +13,7 @@ LAYERS = [
     {"schedule", "policy", "importance", "data"},
     {"config"},
     {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation", "memory"},
-    {"optimizer", "resources", "plan", "prefix", "export", "fold"},
+    {"optimizer", "resources", "plan", "prefix", "export", "folding"},
     {"savings", "tracking"},
     {"console"},
     {"trainer"},

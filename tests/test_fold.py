@@ -11,7 +11,16 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import nn
 
 from safe_lab.adapters import attach, find_units, tuner_layers
-from safe_lab.fold import MAX_ROWS, Folding, fold, folded_layers, folding_state, kept_tensors, restore_folding, unfold
+from safe_lab.folding import (
+    MAX_ROWS,
+    Folding,
+    fold,
+    folded_layers,
+    folding_state,
+    kept_tensors,
+    restore_folding,
+    unfold,
+)
 from safe_lab.freezing import Freezer, FreezingRule
 
 LINEAR = ["query", "key", "value", "dense"]

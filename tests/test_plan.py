@@ -17,11 +17,12 @@ from safe_lab.adapters import attach, build_peft_config, find_units
 from safe_lab.byte_size import format_bytes
 from safe_lab.freezing import Freezer, FreezingRule
 from safe_lab.memory import Ledger
+from safe_lab.memory.budget import largest_within
 from safe_lab.model import checkpoint_gradients, head_modules, load_config
 from safe_lab.optimizer import build_optimizer
 from safe_lab.plan import find_fit, plan, rows, show, subject
 from safe_lab.plan.depths import fill_depths, find_period
-from safe_lab.plan.fit import largest_within, smallest_within
+from safe_lab.plan.fit import smallest_within
 
 LAYERS, ROWS, TOKENS = 4, 6, 24
 SIZES = {

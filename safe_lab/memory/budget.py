@@ -1,10 +1,10 @@
 """The memory budget: how many rows go through the model at once, so that the peak of all bytes stays within it.
 
-:func:`plan_stage` finds the numbers out from rehearsed steps, as long as one set of units is frozen; :func:`split` cuts a
+:func:`plan_stage` finds the numbers out from rehearsed steps, as long as one set of units is frozen; :func:`split_batch` cuts a
 loaded batch accordingly, so that the gradients of the parts add up to the batch's::
 
     stage = plan_stage(rehearsal, frozen, budget_bytes=..., ...)
-    for part, weight in split(batch, stage.rows):
+    for part, weight in split_batch(batch, stage.rows):
         (weight * model(**part).loss).backward()
     optimizer.step()
 """
@@ -82,7 +82,7 @@ class Stage:
         }
 
 
-def split(
+def split_batch(
     batch: Mapping[str, Any], most_rows: Callable[[int], int], *, pad_to_multiple_of: int = 1
 ) -> Iterator[tuple[dict[str, Any], float]]:
     r"""Cut a loaded batch into micro-batches, rows of like length together and without the padding they do not need.

@@ -9,6 +9,7 @@ from typing import Any
 
 from safe_lab.byte_size import format_bytes
 from safe_lab.config import Config
+from safe_lab.memory.budget import largest_within
 from safe_lab.plan.subject import build_subject
 
 DTYPES = ("float32", "bfloat16")
@@ -84,7 +85,7 @@ class Fit:
 
 
 def find_fit(config: Config, budget_bytes: int) -> Fit:
-    """Measure what fits: each answer was seen to fit, and one row more, or one unit less frozen, was seen not to.
+    """Measure what fits: each answer was seen to fit, and one row more, or one unit less frozen, does not.
 
     The advice keeps the numerics first (the dtype as configured) and then the speed (no recomputation). It is for frozen
     depth 0, where every run begins; where not even a single row fits there, there is no advice.
@@ -116,31 +117,6 @@ def find_fit(config: Config, budget_bytes: int) -> Fit:
         advice=advice,
         sentence=_advise(advice, later, options, rows_per_step, budget_bytes),
     )
-
-
-def largest_within(cost: Callable[[int], int], budget: int, most: int) -> int:
-    """The largest x from 1 to ``most`` with ``cost(x) <= budget``, for a cost that rises with x; 0: there is none.
-
-    The answer and its successor are both evaluated. Where cost is convex, as the peak of a micro-batch of x rows is, its
-    chord lies above it, and the place where the chord meets the budget fits: a few evaluations do.
-
-    >>> largest_within(lambda x: 10 + 3 * x, 100, 64)
-    30
-    """
-    if cost(most) <= budget:
-        return most
-    if cost(1) > budget:
-        return 0
-    fits, too_many = 1, most
-    while too_many - fits > 1:
-        share = (budget - cost(fits)) / (cost(too_many) - cost(fits))
-        x = fits + int(share * (too_many - fits))
-        x = min(max(x, fits + 1), too_many - 1)
-        if cost(x) <= budget:
-            fits = x
-        else:
-            too_many = x
-    return fits
 
 
 def smallest_within(cost: Callable[[int], int], budget: int, most: int) -> int | None:

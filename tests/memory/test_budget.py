@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from safe_lab import config as configuration
 from safe_lab.adapters import attach, build_peft_config, find_units
 from safe_lab.byte_size import parse_bytes
-from safe_lab.memory import Ledger, Stage, halved, is_out_of_memory, plan_stage, split
+from safe_lab.memory import Ledger, Stage, halved, is_out_of_memory, plan_stage, split_batch
 from safe_lab.memory.budget import fit_rows, largest_within
 from safe_lab.memory.predict import Rehearsal, make_full_batch, to_fake
 from safe_lab.model import checkpoint_gradients, head_modules
@@ -45,7 +45,7 @@ def random_batch(rows=BATCH, columns=LONGEST, *, seed=0, left=False, num_labels=
 
 
 def parts_of(batch, most_rows, **settings):
-    return list(split(batch, most_rows if callable(most_rows) else lambda length: most_rows, **settings))
+    return list(split_batch(batch, most_rows if callable(most_rows) else lambda length: most_rows, **settings))
 
 
 def lengths_of(batch):
@@ -78,7 +78,7 @@ def test_rows_go_by_length_longest_first_and_keep_their_order_where_they_are_ali
         asked.append(length)
         return 12 // length
 
-    assert [part["row"].tolist() for part, _ in split(batch, most_rows)] == [[3, 1], [4, 0, 2], [5]]
+    assert [part["row"].tolist() for part, _ in split_batch(batch, most_rows)] == [[3, 1], [4, 0, 2], [5]]
     assert asked == [5, 4, 2]
 
 
@@ -140,7 +140,7 @@ def test_no_reference_to_a_part_is_kept_once_the_next_is_asked_for():
         assert not any(part() is not None for part in parts)
         return 4
 
-    for part, _ in split(random_batch(), most_rows):
+    for part, _ in split_batch(random_batch(), most_rows):
         parts.append(weakref.ref(part["input_ids"]))
         del part
     assert len(parts) == 4
@@ -162,7 +162,7 @@ def gradients(model, parts):
 
 def assert_gradients_of_parts_add_up(model, batch, most, **tolerance):
     whole = gradients(model, [(batch, 1.0)])
-    split_up = gradients(model, split(batch, lambda length: most))
+    split_up = gradients(model, split_batch(batch, lambda length: most))
     assert whole.keys() == split_up.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(split_up[name], gradient, **tolerance)
@@ -240,7 +240,7 @@ def real_peak(real, frozen, batch, stage, *, autocast=nullcontext()):
     real._freeze(frozen)
     model.train()
     with Ledger(model, optimizer, batch=batch.values()) as ledger:
-        for part, weight in split(batch, stage.rows):
+        for part, weight in split_batch(batch, stage.rows):
             with autocast:
                 loss = model(**part).loss
             (weight * loss.float()).backward()
@@ -255,7 +255,7 @@ def real_eval_peak(real, batch, stage):
     real._freeze(())
     real.model.eval()
     with Ledger(real.model, real._optimizer, batch=batch.values()) as ledger, torch.no_grad():
-        logits = [real.model(**part).logits for part, _ in split(batch, stage.eval_rows)]
+        logits = [real.model(**part).logits for part, _ in split_batch(batch, stage.eval_rows)]
     assert len(torch.cat(logits)) == EVAL_BATCH
     return ledger.trace.peak_bytes
 
