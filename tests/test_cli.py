@@ -111,7 +111,10 @@ def test_a_run_from_the_command_line_shows_what_happened_and_can_be_repeated_onl
         "train 43, validation 5 examples",
         "freeze at threshold",
         "frozen share",
+        "adapter layers folded, ",
+        "examples cached behind layer",
         "task metrics",
+        "unfrozen, forecast",
         "frozen at epoch",
         "files: ",
     ):
