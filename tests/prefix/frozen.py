@@ -36,6 +36,12 @@ class Case:
             self.freezer.step(0)
         return self
 
+    def read(self, batch):
+        """The prefix's output, from a cache that has not been dropped by then."""
+        hidden = self.prefix.hidden(batch)
+        assert self.cache.usable and self.cache.depth
+        return hidden
+
     def compute(self, batch):
         """The prefix's output without the cache."""
         self.prefix.cache, cache = None, self.prefix.cache

@@ -50,7 +50,7 @@ def no_blocks():
 def test_a_file_keeps_the_bits_that_memory_keeps(tmp_path):
     on_disk, in_memory = filled(tmp_path / "cache"), filled()
     for case in (on_disk, in_memory):
-        assert torch.equal(case.prefix.hidden(all_rows()), case.compute(all_rows()))
+        assert torch.equal(case.read(all_rows()), case.compute(all_rows()))
     num_bytes = TOKEN_BYTES * sum(map(sum, LENGTHS))
     assert on_disk.cache.num_bytes == in_memory.cache.num_bytes == num_bytes
     assert (tmp_path / "cache" / DATA).stat().st_size == num_bytes
@@ -61,7 +61,7 @@ def test_a_file_keeps_the_bits_that_memory_keeps(tmp_path):
 
 def test_what_is_read_is_zero_where_there_is_padding():
     case, batch = filled(), mixed()
-    hidden = case.prefix.hidden(batch)
+    hidden = case.read(batch)
     assert hidden[batch["attention_mask"] == 0].count_nonzero() == 0
     assert torch.equal(case.compute(batch), hidden)
 
@@ -75,7 +75,7 @@ def test_equal_examples_are_kept_once_and_run_through_a_layer_once(tmp_path, sto
     assert case.cache.num_examples == 18
     assert case.cache.num_bytes == TOKEN_BYTES * sum(map(sum, LENGTHS))
     for block in blocks:
-        assert torch.equal(case.prefix.hidden(block), case.compute(block))
+        assert torch.equal(case.read(block), case.compute(block))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -90,7 +90,7 @@ def test_under_a_limit_as_many_as_fit_are_kept_the_longest_first(tmp_path, store
     assert case.cache.num_bytes == TOKEN_BYTES * 85
     batch = pick(blocks, [(1, 2), (0, 1), (0, 0), (1, 0)])
     for some in (*blocks, batch):
-        assert torch.equal(case.prefix.hidden(some), case.compute(some))
+        assert torch.equal(case.read(some), case.compute(some))
 
 
 def test_what_does_not_fit_is_not_computed(monkeypatch):
@@ -109,9 +109,9 @@ def test_what_does_not_fit_is_not_computed(monkeypatch):
 def test_a_limit_of_nothing_keeps_nothing(tmp_path):
     case = filled(tmp_path / "cache", limit_bytes=0)
     assert (case.cache.depth, case.cache.num_examples, case.cache.num_bytes) == (2, 0, 0)
-    assert torch.equal(case.prefix.hidden(mixed()), case.compute(mixed()))
+    assert torch.equal(case.read(mixed()), case.compute(mixed()))
     resumed = resume(tmp_path / "cache", [1, 2], limit_bytes=0)
-    assert torch.equal(resumed.prefix.hidden(mixed()), case.compute(mixed()))
+    assert torch.equal(resumed.read(mixed()), case.compute(mixed()))
 
 
 def test_without_a_limit_half_of_what_is_free_is_taken(tmp_path, monkeypatch):
@@ -127,15 +127,15 @@ def test_without_a_limit_half_of_what_is_free_is_taken(tmp_path, monkeypatch):
 def test_a_shorter_dtype_takes_half_the_bytes_and_rounds(tmp_path, dtype):
     case = filled(tmp_path / "cache", dtype=dtype)
     assert case.cache.num_bytes == TOKEN_BYTES // 2 * sum(map(sum, LENGTHS))
-    hidden, exact = case.prefix.hidden(mixed()), case.compute(mixed())
+    hidden, exact = case.read(mixed()), case.compute(mixed())
     assert hidden.dtype == torch.float32
     assert not torch.equal(hidden, exact)
     torch.testing.assert_close(hidden, exact, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
     # From layer 1 to 2 it came through a rounded layer 1.
     at_once = build(layers=2, cache=ActivationCache(dtype=dtype))
     at_once.prefix.update(make_blocks())
-    assert torch.equal(at_once.prefix.hidden(mixed()), exact.to(dtype).float())
-    assert not torch.equal(at_once.prefix.hidden(mixed()), hidden)
+    assert torch.equal(at_once.read(mixed()), exact.to(dtype).float())
+    assert not torch.equal(at_once.read(mixed()), hidden)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -144,7 +144,7 @@ def test_rebuilt_along_the_same_path_it_has_the_same_bits(dtype):
     rebuilt = build(layers=2, cache=ActivationCache(dtype=dtype))
     rebuilt.prefix.restore(case.cache.path, make_blocks)
     assert rebuilt.cache.path == case.cache.path == [1, 2]
-    assert torch.equal(rebuilt.prefix.hidden(mixed()), case.prefix.hidden(mixed()))
+    assert torch.equal(rebuilt.read(mixed()), case.prefix.hidden(mixed()))
 
 
 def test_values_beyond_the_range_of_float16_are_not_kept_as_infinite(caplog):
@@ -170,7 +170,7 @@ def test_what_is_not_a_number_in_the_model_is_none_in_the_cache(tmp_path, store,
     with torch.no_grad():
         case.model.get_input_embeddings().weight[3] = torch.nan
     case.prefix.update(blocks)
-    hidden, computed = case.prefix.hidden(blocks[1]), case.compute(blocks[1])
+    hidden, computed = case.read(blocks[1]), case.compute(blocks[1])
     rounded = computed if dtype is None else computed.to(dtype).float()
     torch.testing.assert_close(hidden, rounded, rtol=0, atol=0, equal_nan=True)
     assert hidden[2].isnan().any()
@@ -184,7 +184,7 @@ def test_rows_of_one_token_or_of_as_many_as_there_are_positions(tmp_path, length
     case = filled(tmp_path / "cache", family="roberta", blocks=blocks)
     assert case.cache.num_examples == 4
     for batch in (*blocks, pick(blocks, [(1, 0), (0, 2)], width=38)):
-        assert torch.equal(case.prefix.hidden(batch), case.compute(batch))
+        assert torch.equal(case.read(batch), case.compute(batch))
 
 
 # Taken up by another process.
@@ -199,13 +199,13 @@ def resume(folder, path, *, blocks=no_blocks, layers=2, change=lambda model: Non
 
 
 def test_a_later_process_takes_the_files_up(tmp_path):
-    expected = filled(tmp_path / "cache").prefix.hidden(all_rows())
+    expected = filled(tmp_path / "cache").read(all_rows())
     resumed = resume(tmp_path / "cache", [1, 2])
     assert (resumed.cache.depth, resumed.cache.path, resumed.cache.num_examples) == (2, [1, 2], 18)
-    assert torch.equal(resumed.prefix.hidden(all_rows()), expected)
+    assert torch.equal(resumed.read(all_rows()), expected)
     resumed.freeze(3).prefix.update(make_blocks())
-    assert torch.equal(resumed.prefix.hidden(mixed()), resumed.compute(mixed()))
-    assert torch.equal(resume(tmp_path / "cache", [1, 2, 3], layers=3).prefix.hidden(mixed()), resumed.compute(mixed()))
+    assert torch.equal(resumed.read(mixed()), resumed.compute(mixed()))
+    assert torch.equal(resume(tmp_path / "cache", [1, 2, 3], layers=3).read(mixed()), resumed.compute(mixed()))
 
 
 def test_a_key_that_ends_in_zero_bytes_is_found_again(tmp_path):
@@ -259,10 +259,11 @@ def test_files_that_are_not_this_very_cache_are_not_taken_up(tmp_path, path, opt
     resumed = resume(tmp_path / "cache", path, blocks=lambda: passes.append(1) or make_blocks(), **options)
     assert len(passes) == len(path)
     assert resumed.cache.path == path
+    assert (tmp_path / "cache" / DATA).stat().st_size == resumed.cache.num_bytes
     expected = build(layers=2, cache=ActivationCache(dtype=options.get("dtype")))
     options.get("change", lambda model: None)(expected.model)
     expected.prefix.restore(path, make_blocks)
-    assert torch.equal(resumed.prefix.hidden(mixed()), expected.prefix.hidden(mixed()))
+    assert torch.equal(resumed.read(mixed()), expected.prefix.hidden(mixed()))
     assert not warnings_in(caplog)
 
 
@@ -308,7 +309,7 @@ def test_a_cache_that_was_growing_when_the_process_was_killed_is_not_taken_up(tm
         passes = []
         resumed = resume(tmp_path / f"killed-{count}", [1], blocks=lambda: passes.append(1) or make_blocks())
         assert passes
-        assert torch.equal(resumed.prefix.hidden(mixed()), resumed.compute(mixed()))
+        assert torch.equal(resumed.read(mixed()), resumed.compute(mixed()))
 
 
 def test_an_interrupted_growth_leaves_no_rows_of_two_depths(tmp_path):
@@ -375,7 +376,7 @@ def test_a_row_that_is_whole_is_used_until_one_that_is_not_is_asked_for(tmp_path
     case = filled(tmp_path / "cache")
     cut_data(tmp_path / "cache")
     first = make_blocks()[0]
-    assert torch.equal(case.prefix.hidden(first), case.compute(first))
+    assert torch.equal(case.read(first), case.compute(first))
     assert case.cache.usable and not warnings_in(caplog)
     was_dropped(case, tmp_path / "cache", caplog, "was cut or altered")
 
@@ -390,10 +391,10 @@ def test_a_file_that_is_found_to_be_cut_as_it_grows_is_dropped(tmp_path, caplog)
 def test_a_file_that_is_deleted_in_use_is_read_as_long_as_it_is_open(tmp_path, caplog):
     case = filled(tmp_path / "cache")
     (tmp_path / "cache" / DATA).unlink()
-    assert torch.equal(case.prefix.hidden(mixed()), case.compute(mixed()))
+    assert torch.equal(case.read(mixed()), case.compute(mixed()))
     shutil.rmtree(tmp_path / "cache")
     case.freeze(3).prefix.update(make_blocks())
-    assert torch.equal(case.prefix.hidden(mixed()), case.compute(mixed()))
+    assert torch.equal(case.read(mixed()), case.compute(mixed()))
 
 
 def test_a_disk_that_fails_to_read_drops_it(tmp_path, monkeypatch, caplog):
@@ -448,7 +449,7 @@ def test_a_write_that_takes_part_of_the_bytes_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real_write(fd, data[:100], offset))
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real_read(fd, [buffers[0][:99]], offset))
     case = filled(tmp_path / "cache")
-    assert torch.equal(case.prefix.hidden(mixed()), case.compute(mixed()))
+    assert torch.equal(case.read(mixed()), case.compute(mixed()))
 
 
 def test_a_folder_that_cannot_be_made_drops_it(tmp_path, caplog):
@@ -476,10 +477,10 @@ def test_what_was_read_ahead_is_not_read_again(tmp_path, reads):
     batch = mixed()
     case.prefix.ahead(batch)
     expected = case.compute(batch)
-    assert torch.equal(case.prefix.hidden(batch), expected)
+    assert torch.equal(case.read(batch), expected)
     assert len(reads) == len(MIXED)
     assert threading.current_thread().name not in reads
-    assert torch.equal(case.prefix.hidden(batch), expected)
+    assert torch.equal(case.read(batch), expected)
     assert reads[len(MIXED) :] == [threading.current_thread().name] * len(MIXED)
 
 
@@ -490,7 +491,7 @@ def test_a_batch_that_was_read_ahead_may_be_asked_for_in_parts(tmp_path, reads):
     case.prefix.ahead(batch)
     for places in ([1, 3], [0, 2, 4], [5], [6], [3, 1]):
         part = pick([batch], [(0, i) for i in places])
-        assert torch.equal(case.prefix.hidden(part), case.compute(part))
+        assert torch.equal(case.read(part), case.compute(part))
     assert threading.current_thread().name not in reads
 
 
@@ -499,7 +500,7 @@ def test_a_batch_that_was_read_ahead_may_come_at_another_width(tmp_path, width):
     case = filled(tmp_path / "cache")
     case.prefix.ahead(pick(make_blocks(), MIXED, width=36))
     batch = pick(make_blocks(), MIXED, width=width)
-    assert torch.equal(case.prefix.hidden(batch), case.compute(batch))
+    assert torch.equal(case.read(batch), case.compute(batch))
 
 
 def test_of_a_batch_that_is_kept_in_part_the_kept_rows_are_read_ahead(tmp_path, reads):
@@ -507,7 +508,7 @@ def test_of_a_batch_that_is_kept_in_part_the_kept_rows_are_read_ahead(tmp_path, 
     case = filled(tmp_path / "cache", blocks=[blocks[0], blocks[2]])
     reads.clear()
     case.prefix.ahead(mixed())
-    assert torch.equal(case.prefix.hidden(mixed()), case.compute(mixed()))
+    assert torch.equal(case.read(mixed()), case.compute(mixed()))
     assert reads and threading.current_thread().name not in reads
 
 
@@ -515,7 +516,7 @@ def test_equal_rows_of_a_batch_are_read_ahead(tmp_path):
     case = filled(tmp_path / "cache")
     batch = pick(make_blocks(), [(0, 1), (1, 1), (0, 1)])
     case.prefix.ahead(batch)
-    assert torch.equal(case.prefix.hidden(batch), case.compute(batch))
+    assert torch.equal(case.read(batch), case.compute(batch))
 
 
 def test_batches_that_never_come_do_not_stop_reading_ahead(tmp_path, reads):
@@ -525,7 +526,7 @@ def test_batches_that_never_come_do_not_stop_reading_ahead(tmp_path, reads):
             case.prefix.ahead(block)
     reads.clear()
     case.prefix.ahead(mixed())
-    assert torch.equal(case.prefix.hidden(mixed()), case.compute(mixed()))
+    assert torch.equal(case.read(mixed()), case.compute(mixed()))
     assert threading.current_thread().name not in reads
     case.prefix.close()
 
@@ -535,7 +536,7 @@ def test_what_was_read_ahead_is_forgotten_when_the_cache_grows(tmp_path):
     for _ in range(3):
         case.prefix.ahead(mixed())
     case.freeze(3).prefix.update(make_blocks())
-    assert torch.equal(case.prefix.hidden(mixed()), case.compute(mixed()))
+    assert torch.equal(case.read(mixed()), case.compute(mixed()))
 
 
 def test_before_there_is_a_cache_there_is_nothing_to_read_ahead(tmp_path):
@@ -564,7 +565,7 @@ def test_at_the_end_it_is_gone(tmp_path, store):
 
 def test_files_that_are_kept_on_purpose_are_taken_up_again(tmp_path):
     case = filled(tmp_path / "cache")
-    expected = case.prefix.hidden(mixed())
+    expected = case.read(mixed())
     case.prefix.close(keep_cache=True)
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {DATA, INDEX}
-    assert torch.equal(resume(tmp_path / "cache", [1, 2]).prefix.hidden(mixed()), expected)
+    assert torch.equal(resume(tmp_path / "cache", [1, 2]).read(mixed()), expected)

@@ -62,7 +62,7 @@ def test_cached_rows_of_several_blocks_are_the_computed_ones_to_the_bit(family, 
         batch = pick(blocks, MIXED, width=width)
         plain = case.gradients(batch)
         assert case.cache.find(case.prefix._stack.inputs_of(batch)) == [True] * len(MIXED)
-        assert torch.equal(case.prefix.hidden(batch), case.compute(batch))
+        assert torch.equal(case.read(batch), case.compute(batch))
         cached = case.gradients(batch, skip=True)
         case.prefix.cache, cache = None, case.cache
         assert equal(case.gradients(batch, skip=True), cached)
@@ -76,7 +76,7 @@ def test_rows_that_are_kept_and_rows_that_are_not_make_one_batch(family):
     case.prefix.update([blocks[0], blocks[2]])
     batch = pick(blocks, MIXED)
     assert set(case.cache.find(case.prefix._stack.inputs_of(batch))) == {True, False}
-    assert torch.equal(case.prefix.hidden(batch), case.compute(batch))
+    assert torch.equal(case.read(batch), case.compute(batch))
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -90,7 +90,7 @@ def test_a_cache_that_grew_has_the_bits_of_one_built_at_once(family, attention, 
         assert grown.freeze(more).prefix.update(blocks) == more
     assert (grown.cache.path, at_once.cache.path) == ([*range(1, layers + 1)], [layers])
     batch = pick(blocks, MIXED)
-    assert torch.equal(grown.prefix.hidden(batch), at_once.prefix.hidden(batch))
+    assert torch.equal(grown.read(batch), at_once.prefix.hidden(batch))
 
 
 def test_a_cache_that_is_behind_is_read_and_the_rest_computed(family):
@@ -161,7 +161,7 @@ def test_token_types_count(family):
     case.prefix.update([batch, typed])
     assert case.cache.num_examples == 4
     for one in (batch, typed):
-        assert torch.equal(case.prefix.hidden(one), case.compute(one))
+        assert torch.equal(case.read(one), case.compute(one))
         assert_close(case.gradients(one, skip=True), case.gradients(one))
     assert case.gradients(typed, skip=True)["loss"] != case.gradients(batch, skip=True)["loss"]
 
@@ -172,7 +172,7 @@ def test_positions_count():
     moved = batch | {"position_ids": torch.arange(3, 15).expand(2, 12)}
     case.prefix.update([batch, moved])
     for one in (batch, moved):
-        assert torch.equal(case.prefix.hidden(one), case.compute(one))
+        assert torch.equal(case.read(one), case.compute(one))
         assert_close(case.gradients(one, skip=True), case.gradients(one))
 
 
@@ -184,11 +184,11 @@ def test_a_row_without_tokens_is_not_kept_and_does_no_harm(attention):
     case = build("gpt2", layers=2, cache=ActivationCache(), attention=attention)
     case.prefix.update([batch])
     assert case.cache.num_examples == 2
-    assert torch.equal(case.prefix.hidden(batch), case.compute(batch))
+    assert torch.equal(case.read(batch), case.compute(batch))
     alone = {name: tensor[1:2] for name, tensor in batch.items()}
     assert case.prefix.hidden(alone).shape == (1, 9, 16)
     case.freeze(3).prefix.update([batch])
-    assert torch.equal(case.prefix.hidden(batch), case.compute(batch))
+    assert torch.equal(case.read(batch), case.compute(batch))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "modernbert"])
@@ -600,7 +600,7 @@ def test_under_autocast_the_prefix_has_the_models_precision(family):
     case = build(family, layers=2, loss=autocast_loss, autocast=bf16, cache=ActivationCache())
     assert case.prefix.update(blocks) == 2
     batch = pick(blocks, MIXED)
-    assert torch.equal(case.prefix.hidden(batch), case.compute(batch))
+    assert torch.equal(case.read(batch), case.compute(batch))
     assert_close(case.gradients(batch, skip=True), case.gradients(batch), rtol=0.1, atol=0.02)
     # Not that of float32, of which bfloat16 is far off.
     float32 = build(family, layers=2)
@@ -622,7 +622,7 @@ def test_a_bfloat16_model(family):
     assert case.prefix.update(blocks) == 2
     batch = pick(blocks, MIXED)
     assert case.prefix.hidden(batch).dtype == torch.bfloat16
-    assert torch.equal(case.prefix.hidden(batch), case.compute(batch))
+    assert torch.equal(case.read(batch), case.compute(batch))
     assert_close(case.gradients(batch, skip=True), case.gradients(batch), rtol=0.1, atol=0.05)
 
 
