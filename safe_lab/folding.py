@@ -112,7 +112,8 @@ def fold(freezer: Freezer, batch: Batch | None = None, *, tolerance: float = 1e-
         # One clause for all of them, and the figure that a tolerance must reach.
         refused |= dict.fromkeys(
             rounded,
-            f"merged in {dtype}, outputs would change by up to {most:.1e} of their norm, and the tolerance is {tolerance:.1e}",
+            f"merged in {dtype}, outputs would change by up to {most:.1e} of their norm in the precision of the model's forward "
+            f"pass, and the tolerance is {tolerance:.1e}",
         )
     return Folding(tuple(folded), refused)
 

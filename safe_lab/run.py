@@ -90,6 +90,8 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, consol
                 folder.cut(dict.fromkeys(folder.sizes(), 0))
             return _train(config, folder, parts, console)
         finally:
+            # After a failure too; the cache's files stay for a run that is resumed.
+            parts.savings.close(keep_cache=True)
             parts.tracking.close()
 
 
@@ -192,6 +194,10 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
     planner = None
     if config.memory.budget is not None:
         longest = max(max(dataset["length"]) for dataset in (data.train, *data.validation.values()))
+        if config.savings.cache_store == "memory" and accelerator.device.type == "cpu":
+            raise ValueError(
+                "savings.cache_store: memory would take what memory.budget leaves on this device, which is the CPU: take disk"
+            )
         planner = Planner(config, num_labels=num_labels, longest=longest)
     collate = Collator(tokenizer)
     probe = [

@@ -156,10 +156,11 @@ class Savings:
             restore_folding(self._freezer.model, state["folding"])
             self._kept_by_folds = kept_tensors(self._freezer.model)
         if self._prefix is not None:
-            if self._prefix.cache is not None:
-                self._prefix.cache.limit_bytes = state["limit_bytes"]
-                if not state["usable"]:
-                    self._prefix.cache = None
+            cache = self._prefix.cache
+            if cache is not None and not state["usable"]:
+                cache.give_up()
+            elif cache is not None and state["limit_bytes"] is not None:
+                cache.limit_bytes = state["limit_bytes"]
             self._prefix.restore(state["path"], self._blocks)
 
     def _fold(self) -> None:

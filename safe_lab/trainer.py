@@ -435,8 +435,7 @@ class Trainer:
     def _metered(self, part: Batch, hidden: Tensor | None, *, last: bool) -> AbstractContextManager[None]:
         ends_step = last and self._accelerator.sync_gradients
         first, self._begins_step = self._begins_step, ends_step
-        tensors = part if hidden is None else {**part, "hidden": hidden}
-        return self._meter.micro_step(tensors, first=first, last=ends_step)
+        return self._meter.micro_step(part, first=first, last=ends_step, hidden=hidden)
 
     @property
     def _training_seconds(self) -> float:

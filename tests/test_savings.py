@@ -61,21 +61,73 @@ def test_savings_change_a_run_without_dropout_by_rounding_alone(tiny_tree, tmp_p
     assert with_all.frozen_depth == without.frozen_depth
 
 
-def test_base_weights_have_their_bits_after_a_run_and_after_one_that_fails(tiny_tree, monkeypatch):
-    models = []
+@pytest.mark.parametrize("fails", [False, True])
+def test_base_weights_have_their_bits_after_a_run_whether_it_ends_or_fails(fails, tiny_tree, monkeypatch):
+    from safe_lab.trainer import Trainer
+
+    models, before = [], []
 
     def remember(*arguments):
         models.append(attach(*arguments))
         before.append({name: p.detach().clone() for name, p in models[-1].model.named_parameters()})
         return models[-1]
 
-    before = []
+    advance = Trainer._advance
+
+    def fail(self):
+        if self.progress.step == 8:
+            assert self._savings.state.folded_layers > 0
+            raise FloatingPointError("on purpose")
+        return advance(self)
+
     monkeypatch.setattr("safe_lab.run.attach", remember)
-    trained(tiny_tree, "whole")
+    if fails:
+        monkeypatch.setattr(Trainer, "_advance", fail)
+        with pytest.raises(FloatingPointError, match="on purpose"):
+            trained(tiny_tree, "failed")
+    else:
+        trained(tiny_tree, "whole")
     after = dict(models[0].model.named_parameters())
     base = [name for name in after if "base_layer" in name]
     assert base
     assert all(torch.equal(after[name], before[0][name]) for name in base)
+
+
+def test_a_dropped_cache_does_not_come_back_on_resume(tiny_tree, monkeypatch):
+    from test_run import _interrupt
+
+    from safe_lab.prefix import ActivationCache
+
+    tree = tiny_tree | {"savings": {"cache_limit": "20KiB"}}
+    config = config_of(tree, variant="full", freezing=FREEZE, training={"save_every": 1})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safe_lab.prefix.store.os.pwrite", full)
+        _interrupt(config, monkeypatch, after_step=8)
+    _interrupt(config, monkeypatch, after_step=12, resume=True)
+    grown = []
+    monkeypatch.setattr(ActivationCache, "_open", lambda self: grown.append(self))
+    run(config, resume=True)
+    assert not grown
+
+
+def test_a_cache_in_memory_beside_a_budget_for_it_is_refused(tiny_tree):
+    with pytest.raises(ConfigError, match=r"savings\.cache_store: memory would take what memory\.budget leaves"):
+        trained(tiny_tree, "both", memory={"budget": "1GiB"}, savings={"cache_store": "memory"})
+
+
+def test_a_budget_holds_where_the_prefix_pads_its_rows(tiny_tree, tmp_path):
+    tiny_tree["data"] = tiny_tree["data"] | {"max_length": 17}
+    (tmp_path / "long.csv").write_text(
+        "text,label\n" + "".join(f"{' '.join(f'word{(i + j) % 40}' for j in range(15))},{i % 2}\n" for i in range(48))
+    )
+    tiny_tree["data"]["path"] = str(tmp_path / "long.csv")
+    result, _, _ = trained(tiny_tree, "padded", memory={"budget": "400KiB"}, savings={"cache": False})
+    assert result.savings["prefix_depth"] > 0
+    assert result.resources["memory_peak_bytes"] <= parse_bytes("400KiB")
 
 
 @pytest.mark.parametrize(

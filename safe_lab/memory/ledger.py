@@ -118,6 +118,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         *,
         cache: Iterable[Tensor] = (),
         batch: Iterable[Tensor] = (),
+        activations: Iterable[Tensor] = (),
     ) -> None:
         """Prepare to trace.
 
@@ -126,6 +127,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             optimizer: Whose state is told apart.
             cache: Tensors that are kept beside the model.
             batch: Tensors made before entering that the step works on.
+            activations: Tensors made before entering that it keeps for its backward pass (the output of a frozen prefix).
         """
         super().__init__()  # type: ignore[no-untyped-call]
         # Gathered once: to walk a model's modules takes as long as a hundred operators.
@@ -134,6 +136,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._optimizer = optimizer
         self._cache = tuple(cache)
         self._batch = tuple(batch)
+        self._activations = tuple(activations)
         self._storages: list[_Storage] = []
         self._live: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
         self._moment = 0
@@ -167,6 +170,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ("buffers", self._buffers),
             ("cache", self._cache),
             ("temporary", self._batch),
+            ("activations", self._activations),
         ):
             self._name(tensors, kind)
         self._name_results()

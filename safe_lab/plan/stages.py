@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from safe_lab.byte_size import parse_bytes
 from safe_lab.config import Config
 from safe_lab.memory import Stage, plan_stage
 from safe_lab.memory.predict import Rehearsal
+from safe_lab.model import num_positions
 from safe_lab.plan.depths import fill_depths, find_period, group_alike
 from safe_lab.plan.subject import build_subject
 from safe_lab.policy import PredictedSavings
+from safe_lab.prefix.rows import MULTIPLE
+from safe_lab.rng import get_rng_state, set_rng_state
+
+log = logging.getLogger(__name__)
 
 
 class Planner:
@@ -34,11 +42,19 @@ class Planner:
         assert config.memory.budget is not None
         self._config = config
         self._num_labels = num_labels
-        self._longest = longest
+        # The prefix pads its rows, so that whatever runs is planned for at the length it may be padded to.
+        self._longest = -(-longest // MULTIPLE) * MULTIPLE
         self._budget_bytes = parse_bytes(config.memory.budget)
+        streams = get_rng_state()
         self._subject = build_subject(config, num_labels=num_labels)
+        set_rng_state(streams)
+        for note in self._subject.notes:
+            log.warning("memory.budget: %s", note)
         self._recomputing: Rehearsal | None = None
         self._stages: dict[tuple[tuple[int, ...], int], Stage] = {}
+        model: Any = self._subject.rehearsal.model
+        positions = num_positions(model.get_base_model())
+        self._longest = min(self._longest, positions or self._longest)
         first = self.plan([False] * len(self._subject.rehearsal.units), kept_bytes=0)
         self.largest_batch = min(first.rows(longest), first.eval_rows(longest))
 
@@ -54,8 +70,10 @@ class Planner:
         """
         config, indices = self._config, tuple(i for i, is_frozen in enumerate(frozen) if is_frozen)
         if (indices, kept_bytes) not in self._stages:
+            # A model that does not run on fake tensors is rehearsed on real ones, and draws.
+            streams = get_rng_state()
             allowed = config.memory.gradient_checkpointing and not config.model.gradient_checkpointing
-            self._stages[indices, kept_bytes] = plan_stage(
+            stage = plan_stage(
                 self._subject.rehearsal,
                 indices,
                 budget_bytes=self._budget_bytes,
@@ -66,6 +84,10 @@ class Planner:
                 accumulating=config.training.gradient_accumulation > 1,
                 with_checkpointing=self._rehearse_with_checkpointing if allowed else None,
             )
+            self._stages[indices, kept_bytes] = replace(
+                stage, most_rows=_padded(stage.most_rows), most_eval_rows=_padded(stage.most_eval_rows)
+            )
+            set_rng_state(streams)
         return self._stages[indices, kept_bytes]
 
     @property
@@ -79,6 +101,11 @@ class Planner:
             config = self._config.model_copy(update={"model": model})
             self._recomputing = build_subject(config, num_labels=self._num_labels).rehearsal
         return self._recomputing
+
+
+def _padded(most_rows: Sequence[int]) -> tuple[int, ...]:
+    """Most rows of each length, as of the multiple of 16 that it is padded to."""
+    return tuple(most_rows[min(-(-n // MULTIPLE) * MULTIPLE, len(most_rows)) - 1] for n in range(1, len(most_rows) + 1))
 
 
 def predict_savings(config: Config, num_labels: int) -> PredictedSavings:

@@ -20,6 +20,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import xxhash
 from torch import Tensor
 
 from safe_lab.importance.probe import Batch
+from safe_lab.memory import is_out_of_memory
 from safe_lab.prefix.rows import count_tokens, make_keys
 from safe_lab.prefix.stack import Stack
 from safe_lab.prefix.store import FileStore, MemoryStore
@@ -56,7 +58,7 @@ class ActivationCache:
 
     def __init__(
         self,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         *,
         limit_bytes: int | None = None,
         dtype: torch.dtype | None = None,
@@ -71,7 +73,7 @@ class ActivationCache:
         self.depth = 0
         self.path: list[int] = []
         self.limit_bytes = limit_bytes
-        self._folder = folder
+        self._folder = None if folder is None else Path(folder)
         self._dtype = dtype
         self._computed: torch.dtype | None = None
         self._width = 0
@@ -95,7 +97,7 @@ class ActivationCache:
 
     @property
     def kept(self) -> Sequence[Tensor]:
-        """What of it lies in memory."""
+        """What of it lies in memory, but for up to two batches that are being read ahead."""
         return self._store.kept if self._store is not None else ()
 
     @property
@@ -130,9 +132,14 @@ class ActivationCache:
             self._drop(f"cannot be written ({error})")
         except _UnusableError as error:
             self._drop(str(error))
+        except (RuntimeError, MemoryError) as error:
+            self.give_up()
+            if not is_out_of_memory(error):
+                raise
+            self._drop("was being filled when memory ran out")
         except BaseException:
-            # Whoever goes on after it (out of memory, an interrupt) must not read rows of two depths.
-            self._abandon()
+            # Whoever goes on after it (an interrupt) must not read rows of two depths.
+            self.give_up()
             raise
 
     def resume(self, path: Sequence[int], fingerprint: str) -> bool:
@@ -209,7 +216,17 @@ class ActivationCache:
             self._store = None
         self._rows, self.depth, self.path = {}, 0, []
         if self._folder is not None and not keep:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            # Its own files and no other: the folder may be one that holds more.
+            for name in (DATA, INDEX, f".unfinished-{INDEX}"):
+                with suppress(OSError):
+                    (self._folder / name).unlink()
+            with suppress(OSError):
+                self._folder.rmdir()
+
+    def give_up(self) -> None:
+        """Keep nothing, now or later."""
+        self.close()
+        self._dropped = True
 
     def _open(self) -> None:
         if self._folder is not None:
@@ -340,11 +357,7 @@ class ActivationCache:
 
     def _drop(self, reason: str) -> None:
         log.warning("the activation cache %s; it is dropped, and the frozen layers run again from here on", reason)
-        self._abandon()
-
-    def _abandon(self) -> None:
-        self.close()
-        self._dropped = True
+        self.give_up()
 
     def _forget_ahead(self) -> None:
         # One thread reads them in turn: with the last of them those that were forgotten before are done too.

@@ -74,12 +74,15 @@ class Prefix:
         self.depth = 0
         self.cache = cache
         self._model = model
-        self._examples = {name: tensor[:_CHECK_ROWS] for name, tensor in batch.items()}
+        self._examples: Batch = {name: tensor[:_CHECK_ROWS] for name, tensor in batch.items()}
+        self._adapters: list[Any] = []
+        self._has_warned = False
         self._loss_function = loss_function
         self._autocast = autocast
         self._stack: Stack | None = None
         try:
             self._stack = Stack(model, units)
+            self._examples = self._stack.make_ragged(self._examples)
         except UnsupportedError as error:
             self._leave_alone(str(error))
 
@@ -133,7 +136,7 @@ class Prefix:
         Returns:
             (B, T, D) on the model's device, zero where there is padding on the right; None where there is no prefix.
         """
-        if not self.depth or self._stack is None:
+        if not self._is_on or self._stack is None:
             return None
         inputs, start = self._stack.inputs_of(batch), self._cached_depth
         if self.cache is None or not start or not is_padded_on_the_right(inputs):
@@ -167,7 +170,7 @@ class Prefix:
             batch: What the model is about to take.
             hidden: What :meth:`hidden` gave for it, if it was asked already.
         """
-        if not self.depth or self._stack is None:
+        if not self._is_on or self._stack is None:
             yield
             return
         if hidden is None:
@@ -181,6 +184,11 @@ class Prefix:
         self.depth = 0
         if self.cache is not None:
             self.cache.close(keep=keep_cache)
+
+    @property
+    def _is_on(self) -> bool:
+        """There is a prefix, and its adapters are not switched off for the moment (PEFT's ``disable_adapter()``)."""
+        return self.depth > 0 and not any(adapter._disable_adapters for adapter in self._adapters)
 
     @property
     def _cached_depth(self) -> int:
@@ -219,14 +227,23 @@ class Prefix:
     def _grow(self, depth: int, blocks: Iterable[Batch], around: Around) -> None:
         assert self._stack is not None and self.cache is not None
         start, stack, device = self.cache.depth, self._stack, self._device
-        inputs = (stack.inputs_of({name: tensor.to(device) for name, tensor in block.items()}) for block in blocks)
+
+        def right_padded() -> Iterator[dict[str, Tensor]]:
+            for block in blocks:
+                inputs = stack.inputs_of({name: tensor.to(device) for name, tensor in block.items()})
+                if not is_padded_on_the_right(inputs):
+                    log.warning(
+                        "texts are padded on the left, where padding changes a text's positions: they are not cached"
+                    )
+                    return
+                yield inputs
 
         @contextmanager
         def around_block(block: Batch) -> Iterator[None]:
             with around(block, start), self._autocast():
                 yield
 
-        self.cache.grow(stack, depth, inputs, around=around_block, fingerprint=self._fingerprint(depth))
+        self.cache.grow(stack, depth, right_padded(), around=around_block, fingerprint=self._fingerprint(depth))
 
     def _look(self) -> None:
         """Find the depth, and make sure that the model's output is the same when the prefix is skipped."""
@@ -237,9 +254,12 @@ class Prefix:
         try:
             with undisturbed(self._model):
                 plain, plain_loss = self._stack.look(lambda: self._loss_function(self._model, batch))
+                self._warn_of_gradients_below()
                 if not self._stack.depth:
                     return
                 self.depth = self._stack.depth
+                skipped_modules = (part for layer in self._stack.layers[: self.depth] for part in layer.modules())
+                self._adapters = [part for part in skipped_modules if hasattr(part, "_disable_adapters")]
                 skipped, skipped_loss = self._run_skipping(batch)
         except UnsupportedError as error:
             self._leave_alone(str(error))
@@ -260,6 +280,17 @@ class Prefix:
         if not (change <= tolerance and loss_change <= tolerance):
             self._leave_alone(
                 f"without them its output changes by {change:.1g} of itself, and its loss by {loss_change:.1g}"
+            )
+
+    def _warn_of_gradients_below(self) -> None:
+        assert self._stack is not None
+        if self._stack.depth < self._stack.num_frozen and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "the first %d layers are frozen and only %d can be skipped, as what goes into them needs a gradient: something "
+                "below them trains, or the model's enable_input_require_grads() is on (disable_input_require_grads() undoes it)",
+                self._stack.num_frozen,
+                self._stack.depth,
             )
 
     def _run_skipping(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,35 @@ def is_padded_on_the_right(inputs: Batch) -> bool:
     return mask is None or bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
+def make_ragged(batch: Batch, *, pad_token_id: int = 0, most_tokens: int | None = None) -> dict[str, Tensor]:
+    """A batch whose rows are of unequal length and whose width is no multiple of :data:`MULTIPLE`, as batches come in training.
+
+    Row i loses the i tokens before its last one, which a head may look for, and a column or two of padding is added.
+
+    Args:
+        batch: Tensors (B, T) padded on the right, and others, which stay as they are. Without an ``attention_mask`` all stay.
+        pad_token_id: What ``input_ids`` are padded with.
+        most_tokens: Longest row that the model takes; None: any length.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None or not is_padded_on_the_right(batch):
+        return dict(batch)
+    columns = ids.shape[1] + (2 if (ids.shape[1] + 1) % MULTIPLE == 0 else 1)
+    columns = min(columns, most_tokens) if most_tokens else columns
+    before = count_tokens(batch)
+    lengths = [max(1, tokens - row) for row, tokens in enumerate(before)]
+    kept = torch.arange(columns, device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+    ragged = dict(batch)
+    for name, tensor in batch.items():
+        if tensor.shape == ids.shape:
+            fill = pad_token_id if name == "input_ids" else 0
+            wide = torch.nn.functional.pad(tensor[:, :columns], (0, max(0, columns - ids.shape[1])), value=fill)
+            ragged[name] = wide.masked_fill(~kept, fill)
+            for row, length in enumerate(lengths):
+                ragged[name][row, length - 1] = tensor[row, before[row] - 1]
+    return ragged
+
+
 def select_rows(
     inputs: Batch, rows: Sequence[int], *, pad_token_id: int = 0, most_tokens: int | None = None
 ) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from safe_lab.importance.probe import Batch
 from safe_lab.model import num_positions
-from safe_lab.prefix.rows import select_rows
+from safe_lab.prefix.rows import make_ragged, select_rows
 from safe_lab.units import Unit
 
 Give = Callable[[], Tensor]
@@ -70,6 +70,16 @@ class Stack:
     def select(self, inputs: Batch, rows: Sequence[int]) -> dict[str, Tensor]:
         """Some rows of a batch, padded to where a row's bits do not depend on its neighbours."""
         return select_rows(inputs, rows, pad_token_id=self._pad_token_id, most_tokens=self._most_tokens)
+
+    def make_ragged(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch of rows of unequal length, on which to try what works on any."""
+        return make_ragged(batch, pad_token_id=self._pad_token_id, most_tokens=self._most_tokens)
+
+    @property
+    def num_frozen(self) -> int:
+        """Length of the run of layers from the input that hold nothing trainable."""
+        live = (i for i, layer in enumerate(self.layers) if any(p.requires_grad for p in layer.parameters()))
+        return next(live, len(self.layers))
 
     def look(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """Watch one forward pass with gradients enabled: which layers take part in the graph, and what they return.

@@ -117,16 +117,17 @@ class Meter:
         self._kept.append(tensors)
 
     @contextmanager
-    def micro_step(self, batch: Batch, *, first: bool, last: bool) -> Iterator[None]:
+    def micro_step(self, batch: Batch, *, first: bool, last: bool, hidden: Tensor | None = None) -> Iterator[None]:
         """Account for a micro-step: forward and backward, and the optimizer's step if it is the last of one.
 
         Args:
             batch: Its tensors, the first of shape (examples, tokens).
             first: It begins an optimizer step: no gradients are there yet.
             last: It ends one.
+            hidden: Output of the frozen prefix, from which it starts.
         """
-        shape = _shape_of(batch)
-        with self._sampled(("training", first, last, bool(self._optimizer.state)), shape, batch) as sample:
+        situation = ("training", first, last, bool(self._optimizer.state))
+        with self._sampled(situation, _shape_of(batch), batch, hidden) as sample:
             yield
         self._num_micro_steps["traced" if sample.traced else "scaled"] += 1
         self._recent.append((sample.trace, sample.traced))
@@ -346,12 +347,20 @@ class Meter:
         return self._cpu_seconds + time.process_time() - self._cpu_began
 
     @contextmanager
-    def _sampled(self, situation: Situation, shape: Shape, batch: Batch) -> Iterator[_Sample]:
+    def _sampled(
+        self, situation: Situation, shape: Shape, batch: Batch, hidden: Tensor | None = None
+    ) -> Iterator[_Sample]:
         """Trace a pass, or take the figures of those that were."""
         began = self._end_idle()
         sample = _Sample(self._wants_trace(situation, shape))
         if sample.traced:
-            with Ledger(self._model, self._optimizer, cache=self._cache(), batch=batch.values()) as ledger:
+            with Ledger(
+                self._model,
+                self._optimizer,
+                cache=self._cache(),
+                batch=batch.values(),
+                activations=() if hidden is None else (hidden,),
+            ) as ledger:
                 yield sample
             sample.trace = self._traces[situation, shape] = ledger.trace
             self._estimates.pop(situation[0], None)

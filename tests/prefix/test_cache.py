@@ -569,3 +569,38 @@ def test_files_that_are_kept_on_purpose_are_taken_up_again(tmp_path):
     case.prefix.close(keep_cache=True)
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {DATA, INDEX}
     assert torch.equal(resume(tmp_path / "cache", [1, 2]).read(mixed()), expected)
+
+
+def test_only_its_own_files_are_removed(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    cache = ActivationCache(str(tmp_path))
+    case = build("bert", cache=cache).freeze(2)
+    case.prefix.update([make_batch([9, 5])])
+    assert (tmp_path / "activations.bin").exists()
+    case.prefix.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_texts_padded_on_the_left_are_not_cached_and_told_once(caplog):
+    case = build("llama", cache=ActivationCache()).freeze(2)
+    batch = make_batch([9, 5])
+    flipped = {name: tensor.flip(1) if tensor.dim() > 1 else tensor for name, tensor in batch.items()}
+    case.prefix.update([flipped, flipped])
+    assert case.cache.num_examples == 0
+    assert sum("padded on the left" in record.message for record in caplog.records) == 1
+
+
+def test_running_out_of_memory_while_filling_costs_the_cache_alone(monkeypatch, caplog):
+    case = build("bert", cache=ActivationCache()).freeze(2)
+
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    batch = make_batch([9, 5])
+    case.prefix.update()
+    plain = case.prefix.hidden(batch)
+    with monkeypatch.context() as patch:
+        patch.setattr("safe_lab.prefix.cache.ActivationCache._grow_block", short)
+        case.prefix.update([batch])
+    assert torch.equal(case.prefix.hidden(batch), plain)
+    assert sum("memory ran out" in record.message for record in caplog.records) == 1

@@ -693,3 +693,27 @@ def test_what_a_pass_costs_is_told():
     told.clear()
     case.freeze(2).prefix.update(blocks, around=Around)
     assert [first for _, first in told] == [1, 1, 1]
+
+
+def test_adapters_switched_off_are_off_in_the_prefix_too():
+    case = build("bert").freeze(2)
+    case.prefix.update()
+    batch = make_batch([9, 5, 7])
+    with case.model.disable_adapter():
+        plain = case.prefix._loss_function(case.model, batch)
+        assert torch.equal(case.prefix.loss(case.model, batch), plain)
+
+
+def test_gradients_from_below_are_told_with_their_cause(caplog):
+    case = build("bert").freeze(2)
+    case.model.enable_input_require_grads()
+    assert case.prefix.update() == 0
+    case.prefix.update()
+    assert sum("enable_input_require_grads" in record.message for record in caplog.records) == 1
+
+
+def test_a_model_is_tried_on_rows_of_unequal_length_even_if_the_probe_has_none():
+    case = build("bert")
+    lengths = case.prefix._examples["attention_mask"].sum(1).tolist()
+    assert len(set(lengths)) > 1
+    assert case.prefix._examples["input_ids"].shape[1] % 16
