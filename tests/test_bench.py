@@ -342,7 +342,7 @@ def test_ctrl_c_ends_the_process_and_shows_what_there_is(path, tree):
     assert "interrupted" in err
     assert "Traceback" not in err
     assert "trainer" in out
-    assert not Path(f"/proc/{worker}").exists()
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())
     result = json.loads((path.parent / "out" / "result.json").read_text())
     assert result["variants"]["trainer"]["wall_seconds"][0] > 0
     assert not result["complete"]

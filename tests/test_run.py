@@ -402,7 +402,7 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_bits_of_one_left_alone
             "interval": 4,
             "warmup": 2,
             "final": 8,
-            "final_importance": 0.5,
+            "final_importance": 0.7,
             "normalize": "none",
             "metric": "sensitivity",
             "metric_options": {"smoothing": True},
