@@ -192,8 +192,13 @@ def bench(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--output", metavar="DIR", help="folder of the results; <output_dir>/bench-<name>/<time> by itself"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the bench in DIR: what is measured there already is kept"
+    )
     chosen = parser.parse_intermixed_args(arguments)
     _check_config_given(parser, chosen)
+    if chosen.resume and chosen.output is None:
+        parser.error("--resume needs --output DIR, the folder of the bench to go on with")
 
     from rich.console import Console
     from rich.markup import escape
@@ -201,25 +206,24 @@ def bench(arguments: Sequence[str]) -> int:
     from safe_lab import bench as benches
     from safe_lab.section import ConfigError
 
+    errors = Console(stderr=True)
+    status = errors.status("starting")
+
+    def show(line: str, ended: bool) -> None:
+        if ended:
+            errors.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            status.update(escape(line[: errors.width - 4]))
+
     try:
         settings = benches.load(chosen.config, chosen.overrides, repetitions=chosen.repetitions)
-        folder = benches.claim_folder(settings, chosen.output)
+        with benches.claim_folder(settings, chosen.output, resume=chosen.resume) as folder, status:
+            comparison = benches.run(settings, folder, command=["safe-lab", "bench", *arguments], show=show)
     except ConfigError as error:
         return _refuse(error)
-    errors = Console(stderr=True)
-    with errors.status("starting") as status:
-
-        def show(line: str, ended: bool) -> None:
-            if ended:
-                errors.print(line, markup=False, highlight=False, soft_wrap=True)
-            else:
-                status.update(escape(line[: errors.width - 4]))
-
-        try:
-            comparison = benches.run(settings, folder, command=["safe-lab", "bench", *arguments], show=show)
-        except OSError as error:
-            print(f"stopped: {error}; what was measured before is in {folder}", file=sys.stderr)
-            return 1
+    except OSError as error:
+        print(f"stopped: {error}; what was measured stays, and --resume goes on with it", file=sys.stderr)
+        return 1
     if chosen.json:
         print(benches.to_json(comparison))
     else:
@@ -227,7 +231,10 @@ def bench(arguments: Sequence[str]) -> int:
     errors.print(f"files: {folder}", markup=False, highlight=False, soft_wrap=True)
     if comparison.failures:
         return 1
-    return 0 if comparison.complete else INTERRUPTED
+    if not comparison.complete:
+        errors.print(f"the rest: --output {folder} --resume", markup=False, highlight=False, soft_wrap=True)
+        return INTERRUPTED
+    return 0
 
 
 def print_fields() -> None:

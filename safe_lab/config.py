@@ -288,6 +288,12 @@ class SavingsSection(Section):
         None, description="most bytes of cached activations; what does not fit is computed; null: half of what is free"
     )
     keep_cache: bool = Field(False, description="leave the cache's file in the run folder at the end")
+    trim_padding: Count | None = Field(
+        None,
+        description="cut batches into micro-batches of like length where a cut spares more than so many tokens of padding, "
+        "about what a micro-batch costs by itself (32 on a CPU, thousands on a GPU); gradients add up to the same batch; "
+        "null: batches stay whole",
+    )
 
 
 class MemorySection(Section):

@@ -288,6 +288,7 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         num_steps=num_steps,
         savings=savings,
         plan_stage=None if planner is None else partial(enter_stage, planner, savings, model),
+        trim_padding=config.savings.trim_padding,
         meter=meter,
         folder=folder,
         tracker=tracking,

@@ -118,6 +118,26 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFolde
             ``resume`` nor ``overwrite`` says what is to become of it.
     """
     path = config.run_folder
+    with hold(
+        path, "a live run is writing to this folder; wait for it, or give this run another name, variant or seed"
+    ):
+        check(config, resume=resume, overwrite=overwrite)
+        if overwrite:
+            _empty(path)
+        yield RunFolder(path)
+
+
+@contextmanager
+def hold(path: Path, held_by_another: str) -> Iterator[None]:
+    """Make a folder and hold it while this process writes to it.
+
+    Args:
+        path: The folder.
+        held_by_another: What to say if another process holds it.
+
+    Raises:
+        RunFolderError: Another process holds it, or it cannot be written to.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         # The lock goes with the process, however it ends.
@@ -128,13 +148,8 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFolde
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunFolderError(
-                f"{path}: a live run is writing to this folder; wait for it, or give this run another name, variant or seed"
-            ) from None
-        check(config, resume=resume, overwrite=overwrite)
-        if overwrite:
-            _empty(path)
-        yield RunFolder(path)
+            raise RunFolderError(f"{path}: {held_by_another}") from None
+        yield
 
 
 def check(config: Config, *, resume: bool, overwrite: bool) -> None:

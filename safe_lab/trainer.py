@@ -83,6 +83,7 @@ class Trainer:
         num_steps: int,
         savings: Savings,
         plan_stage: Callable[[Sequence[bool]], Stage] | None,
+        trim_padding: int | None,
         meter: Meter,
         folder: RunFolder,
         tracker: Tracking,
@@ -107,6 +108,7 @@ class Trainer:
             num_steps: Optimizer steps in all.
             savings: What freezing is turned into.
             plan_stage: Micro-batches that fit the memory budget, from which units are frozen; None: there is no budget.
+            trim_padding: Tokens of padding that a further micro-batch must spare; None: no batch is cut for that.
             meter: What the run costs.
             folder: The run folder.
             tracker: Where figures go.
@@ -129,6 +131,7 @@ class Trainer:
         self.num_steps = num_steps
         self._savings = savings
         self._plan_stage = plan_stage
+        self._trim_padding = trim_padding
         self._stage: Stage | None = None
         self._has_halved = False
         self._has_stepped = False
@@ -188,12 +191,12 @@ class Trainer:
         done anew with half as many rows.
         """
         if self._stage is None:
-            self._run([(batch, 1.0)])
+            self._run(self._split(batch))
             return
         streams, begins_step = get_rng_state(), self._begins_step
         gradients = {p: p.grad.clone() for p in self._trained.values() if p.grad is not None}
         try:
-            self._run(split_batch(batch, self._stage.rows))
+            self._run(self._split(batch))
             return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or self._has_halved or self._has_stepped:
@@ -206,7 +209,14 @@ class Trainer:
         for parameter in self._trained.values():
             parameter.grad = gradients.get(parameter)
         set_rng_state(streams)
-        self._run(split_batch(batch, self._stage.rows))
+        self._run(self._split(batch))
+
+    def _split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
+        """Micro-batches of a batch with their weights."""
+        if self._stage is None and self._trim_padding is None:
+            return [(batch, 1.0)]
+        most_rows = None if self._stage is None else self._stage.rows
+        return split_batch(batch, most_rows, part_tokens=self._trim_padding)
 
     def _run(self, parts: Iterable[tuple[Batch, float]]) -> None:
         """Forward and backward of the parts of a batch with their weights, and the optimizer's step if it is due."""

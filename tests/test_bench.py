@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from tiny import FAMILIES, save_tiny_model, write_csv
 
 from safe_lab import config as configuration
 from safe_lab import yaml_core
-from safe_lab.bench import baseline, load
-from safe_lab.bench.compare import compare, difference_of_losses
+from safe_lab.bench import baseline, claim_folder, load
+from safe_lab.bench.compare import compare, difference_of_losses, take_difference
 from safe_lab.bench.processes import FIGURES, Measurement
 from safe_lab.run import run
 from safe_lab.run_folder import RunFolder
@@ -304,10 +305,68 @@ def test_a_bench_measures_the_same_training_and_what_freezing_saves(finished):
 
 def test_a_bench_folder_is_not_written_twice(finished):
     folder = finished[2]
-    process = start(folder.parent / "bench.yaml", yaml_core.parse((folder.parent / "bench.yaml").read_text()))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "holds a bench already" in err
+    tree = yaml_core.parse((folder.parent / "bench.yaml").read_text())
+    for changes, arguments, message in [
+        ({}, (), "holds a bench already; --resume goes on with it"),
+        ({"threads": 2}, ("--resume",), "its seconds are not comparable with these (threads: 1 there, 2 here)"),
+    ]:
+        process = start(folder.parent / "bench.yaml", tree | changes, *arguments)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert message in err
+    (folder.parent / "bench.yaml").write_text(yaml_core.write(tree))
+    bench = load(folder.parent / "bench.yaml", ["training.epochs=3"])
+    with (
+        pytest.raises(ConfigError, match="holds no bench to go on with"),
+        claim_folder(bench, str(folder.parent / "elsewhere"), resume=True),
+    ):
+        pass
+    with (
+        claim_folder(bench, str(folder), resume=True),
+        pytest.raises(ConfigError, match="a live bench is writing"),
+        claim_folder(bench, str(folder), resume=True),
+    ):
+        pass
+
+
+def test_a_resumed_bench_trains_only_what_is_missing_damaged_or_changed(finished, tmp_path):
+    printed, _, folder = finished
+    tree = yaml_core.parse((folder.parent / "bench.yaml").read_text())
+    shutil.copytree(folder, tmp_path / "out")
+    processes = tmp_path / "out" / "processes"
+    for file in processes.glob("*.yaml"):
+        file.write_text(file.read_text().replace(str(folder), str(tmp_path / "out")))
+    (processes / "1-safe.json").unlink()
+    damaged = processes / "0-none.json"
+    damaged.write_text(damaged.read_text()[:-30])
+    tree["variants"]["more"] = {"overrides": {"training.epochs": 1}}
+    process = start(tmp_path / "bench.yaml", tree, "--json", "--resume", "training.epochs=3", "--repetitions", "2")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    trained = [line for line in err.splitlines() if "repetition" in line and "measured before" not in line]
+    assert [line.split(":")[0][4:] for line in trained] == [
+        "none, repetition 0",
+        "more, repetition 0",
+        "safe, repetition 1",
+        "more, repetition 1",
+    ]
+    resumed = json.loads(out)
+    assert resumed["complete"]
+    assert resumed["variants"]["trainer"] == printed["variants"]["trainer"]
+    assert resumed["variants"]["safe"]["wall_seconds"][0] == printed["variants"]["safe"]["wall_seconds"][0]
+    assert resumed["variants"]["none"]["metric"] == printed["variants"]["none"]["metric"]
+    assert resumed["loss_curve_difference"] < 1e-5
+    assert set(resumed["metric_differences"]) == {"none", "safe", "more"}
+
+
+def test_metric_differences_come_with_the_interval_of_their_mean():
+    difference = take_difference([0.84, 0.83, 0.85, None], [0.85, 0.85, 0.85, 0.9])
+    # Student's t with two degrees of freedom: 4.303 standard errors of 0.01 / sqrt(3).
+    assert difference["mean"] == pytest.approx(-0.01)
+    assert difference["low"] == pytest.approx(-0.01 - 4.3027 * 0.01 / 3**0.5, rel=1e-4)
+    assert difference["high"] == pytest.approx(-0.01 + 4.3027 * 0.01 / 3**0.5, rel=1e-4)
+    assert take_difference([0.5], [0.25]) == {"mean": 0.25, "low": None, "high": None}
+    assert take_difference([None], [0.25])["mean"] is None
 
 
 def test_what_crashes_is_reported_and_the_others_go_on(path, tree):

@@ -407,15 +407,17 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_bits_of_one_left_alone
             "metric": "sensitivity",
             "metric_options": {"smoothing": True},
         },
+        "savings": {"trim_padding": 4},
         "memory": {"budget": "180KiB"},
     }
-    alone = config_of(tiny_tree | {"memory": {}}, variant="alone", **everything)
+    tiny_tree |= {"savings": {}, "memory": {}}
+    alone = config_of(tiny_tree, variant="alone", **everything)
     run(alone)
     events = RunFolder(alone.run_folder).rows("events.jsonl")
     depths = [event["cached_depth"] for event in events]
     assert len(set(depths)) > 1 and min(event["micro_batch_rows"] for event in events) < 4
 
-    killed = config_of(tiny_tree | {"memory": {}}, variant="killed", **everything)
+    killed = config_of(tiny_tree, variant="killed", **everything)
     path = tmp_path / "killed.yaml"
     path.write_text(configuration.dump(killed))
     draw = random.Random(0)

@@ -196,6 +196,28 @@ def test_no_cache_is_made_for_a_single_pass(tiny_tree):
     assert result.savings["cached_examples"] == 0
 
 
+def test_trimmed_padding_changes_a_run_without_dropout_by_rounding_and_its_cost_by_more(tiny_tree, tmp_path):
+    folder = save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    tiny_tree["model"] = {"path": str(folder)}
+    whole, adapter, _ = trained(tiny_tree, "whole")
+    trimmed, other, _ = trained(tiny_tree, "trimmed", savings={"trim_padding": 2})
+    for key in adapter:
+        assert torch.allclose(adapter[key], other[key], atol=1e-4), key
+    assert (trimmed.steps, trimmed.tokens, trimmed.frozen_depth) == (whole.steps, whole.tokens, whole.frozen_depth)
+    passes = [run.resources["traced_micro_steps"] + run.resources["scaled_micro_steps"] for run in (whole, trimmed)]
+    assert passes[0] == whole.steps < passes[1]
+    for figure in ("forward", "backward"):
+        assert trimmed.resources["flops_by_phase"][figure] < whole.resources["flops_by_phase"][figure]
+    assert trimmed.resources["memory_mean_bytes"] < whole.resources["memory_mean_bytes"]
+
+
+def test_padding_is_trimmed_within_a_budget(tiny_tree):
+    tight, _, folder = trained(tiny_tree, "tight", memory={"budget": "250KiB"})
+    trimmed, _, _ = trained(tiny_tree, "trimmed", memory={"budget": "250KiB"}, savings={"trim_padding": 1})
+    assert trimmed.resources["memory_peak_bytes"] <= parse_bytes("250KiB")
+    assert trimmed.resources["flops_by_phase"]["backward"] < tight.resources["flops_by_phase"]["backward"]
+
+
 def test_live_bytes_stay_within_the_budget_and_micro_batches_grow(tiny_tree):
     freezing = FREEZE | {"curve": "linear", "final": 3, "warmup": 0, "final_share": 1.0}
     free, _, _ = trained(tiny_tree, "free", freezing=freezing)

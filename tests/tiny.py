@@ -122,3 +122,22 @@ def write_csv(path, *, rows=48, seed=0):
         lines.append(f"{' '.join(words)},{label}")
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def random_batch(rows=16, columns=36, *, seed=0, left=False, num_labels=2, shortest=2):
+    """Rows of random lengths, the longest of which fills all columns."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, columns + 1, (rows,), generator=generator)
+    lengths[rows // 2] = columns
+    mask = (torch.arange(columns) < lengths[:, None]).long()
+    mask = mask.flip(1) if left else mask
+    labels = (
+        torch.rand(rows, generator=generator)
+        if num_labels == 1
+        else torch.randint(num_labels, (rows,), generator=generator)
+    )
+    return {
+        "input_ids": torch.randint(4, 64, (rows, columns), generator=generator) * mask,
+        "attention_mask": mask,
+        "labels": labels,
+    }

@@ -11,7 +11,7 @@ from safe_lab.bench.config import Bench
 from safe_lab.bench.processes import FIGURES, Measurement
 
 Figures = Mapping[str, Mapping[str, Sequence[float | None]]]
-Ratio = dict[str, float | None]
+Spread = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Comparison:
         baseline: Variant that ratios are taken to.
         variants: Variant -> figure -> one value a repetition; None where the training failed or there is no such meter.
         ratios: Variant -> figure -> ``median``, ``min`` and ``max`` of the ratios to the baseline, each within its repetition.
+        metric_differences: Variant -> ``mean``, ``low`` and ``high`` of its metric less the baseline's of the same repetition,
+            with the 95 % interval of the mean (Student's t); None where there are too few.
         same_curve: Variants that do the baseline's arithmetic, so that their loss curves ought to be the baseline's, as far
             as both have been measured.
         loss_curve_difference: Largest difference between a row of the baseline's training loss and the same row of theirs;
@@ -33,7 +35,8 @@ class Comparison:
 
     baseline: str
     variants: Figures
-    ratios: Mapping[str, Mapping[str, Ratio]]
+    ratios: Mapping[str, Mapping[str, Spread]]
+    metric_differences: Mapping[str, Spread]
     same_curve: Sequence[str]
     loss_curve_difference: float | None
     num_loss_rows: int
@@ -75,6 +78,11 @@ def compare(bench: Bench, measurements: Sequence[Measurement]) -> Comparison:
         baseline=bench.baseline,
         variants=variants,
         ratios=ratios,
+        metric_differences={
+            name: take_difference(values["metric"], variants[bench.baseline]["metric"])
+            for name, values in variants.items()
+            if name != bench.baseline
+        },
         same_curve=list(dict.fromkeys(name for name, _, _ in alike)),
         loss_curve_difference=max((difference_of_losses(ours, theirs) for _, ours, theirs in alike), default=None),
         num_loss_rows=sum(len(ours) for _, ours, _ in alike),
@@ -83,7 +91,7 @@ def compare(bench: Bench, measurements: Sequence[Measurement]) -> Comparison:
     )
 
 
-def take_ratio(values: Sequence[float | None], baseline: Sequence[float | None]) -> Ratio:
+def take_ratio(values: Sequence[float | None], baseline: Sequence[float | None]) -> Spread:
     """Median, least and largest ratio of values to the baseline's of the same repetition; None if there is no ratio.
 
     >>> take_ratio([1.0, 3.0, None, 6.0], [2.0, 2.0, 2.0, 3.0])
@@ -93,6 +101,26 @@ def take_ratio(values: Sequence[float | None], baseline: Sequence[float | None])
     if not ratios:
         return {"median": None, "min": None, "max": None}
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def take_difference(values: Sequence[float | None], baseline: Sequence[float | None]) -> Spread:
+    """Mean of values less the baseline's of the same repetition, and the ends of its 95 % interval (paired Student's t).
+
+    >>> take_difference([1.0, 2.0, None], [0.5, 1.5, 1.0])
+    {'mean': 0.5, 'low': 0.5, 'high': 0.5}
+    """
+    pairs = zip(values, baseline, strict=True)
+    differences = [value - base for value, base in pairs if value is not None and base is not None]
+    if not differences:
+        return {"mean": None, "low": None, "high": None}
+    mean = statistics.fmean(differences)
+    if len(differences) == 1:
+        return {"mean": mean, "low": None, "high": None}
+    from scipy.stats import t
+
+    quantile = float(t.ppf(0.975, len(differences) - 1))
+    half = quantile * statistics.stdev(differences) / len(differences) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def difference_of_losses(losses: Iterable[tuple[int, float]], others: Iterable[tuple[int, float]]) -> float:

@@ -71,20 +71,16 @@ class Bench:
         return config.model_copy(update={**place, "seed": config.seed + repetition})
 
     def repeats_baseline(self, variant: str) -> bool:
-        """Whether a variant does the baseline's arithmetic: neither freezes anything, and all other settings are the same."""
+        """Whether a variant does the baseline's arithmetic: nothing freezes, no batch is cut, all other settings are the same."""
         pair = (variant, self.baseline)
-        nothing_freezes = all(
-            self.settings.variants[name].trainer == "transformers" or self.configs[name].freezing.policy == "none"
+        plain = all(
+            self.settings.variants[name].trainer == "transformers" or _trains_plainly(self.configs[name])
             for name in pair
         )
         ours, theirs = (self.configs[name] for name in pair)
         # transformers.Trainer does not average over the micro-batches of a step where a model's loss does not (5.23).
         one_batch = ours.training.gradient_accumulation == 1
-        return (
-            nothing_freezes
-            and one_batch
-            and all(getattr(ours, key) == getattr(theirs, key) for key in _KNOWN_TO_TRANSFORMERS)
-        )
+        return plain and one_batch and all(getattr(ours, key) == getattr(theirs, key) for key in _KNOWN_TO_TRANSFORMERS)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, repetitions: int | None = None) -> Bench:
@@ -125,6 +121,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, repetitions: int | 
     if faults:
         raise ConfigError("\n".join(faults))
     return Bench(settings, configs, baseline)
+
+
+def _trains_plainly(config: Config) -> bool:
+    return config.freezing.policy == "none" and config.memory.budget is None and config.savings.trim_padding is None
 
 
 def _override(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,38 +8,60 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from safe_lab import yaml_core
+from safe_lab import run_folder, yaml_core
 from safe_lab.bench.compare import Comparison, compare
-from safe_lab.bench.config import Bench
+from safe_lab.bench.config import Bench, BenchSection
 from safe_lab.bench.processes import Measurement, measure
 from safe_lab.bench.show import to_json
 from safe_lab.run_folder import RunFolder
-from safe_lab.section import ConfigError
+from safe_lab.section import ConfigError, check, read_tree
 
 
-def claim_folder(bench: Bench, output: str | None) -> Path:
-    """Make the folder of a bench: ``output``, or ``<output_dir>/bench-<name>/<time>``.
+@contextmanager
+def claim_folder(bench: Bench, output: str | None, *, resume: bool = False) -> Iterator[Path]:
+    """Hold the folder of a bench: ``output``, or ``<output_dir>/bench-<name>/<time>``.
+
+    Args:
+        bench: What to train.
+        output: The folder; None: a new one.
+        resume: Go on with the bench that it holds.
 
     Raises:
-        ConfigError: It holds a bench already, or cannot be written to.
+        ConfigError: It holds a bench already, and ``resume`` does not say so; it holds none to go on with, or one of other
+            threads or another device; another process writes to it, or nobody can.
     """
     started = time.strftime("%Y-%m-%dT%H-%M-%S")
     name = f"bench-{bench.settings.name}"
     folder = Path(output or Path(bench.configs[bench.baseline].output_dir) / name / started).expanduser().absolute()
-    if (folder / "bench.yaml").exists():
-        raise ConfigError(f"{folder}: holds a bench already; give --output another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written to ({error})") from None
-    return folder
+    held = folder / "bench.yaml"
+    if resume and not held.exists():
+        raise ConfigError(f"{folder}: holds no bench to go on with; without --resume it begins")
+    if held.exists() and not resume:
+        raise ConfigError(f"{folder}: holds a bench already; --resume goes on with it, or give --output another folder")
+    with run_folder.hold(folder, "a live bench is writing to this folder; wait for it, or give --output another"):
+        if resume:
+            _check_comparable(bench.settings, check(BenchSection, read_tree(held)), folder)
+        yield folder
+
+
+def _check_comparable(new: BenchSection, old: BenchSection, folder: Path) -> None:
+    differences = [
+        f"{key}: {getattr(old, key)} there, {getattr(new, key)} here"
+        for key in ("threads", "device")
+        if getattr(old, key) != getattr(new, key)
+    ]
+    if differences:
+        raise ConfigError(f"{folder}: its seconds are not comparable with these ({'; '.join(differences)})")
 
 
 def run(bench: Bench, folder: Path, *, command: Sequence[str], show: Callable[[str, bool], None]) -> Comparison:
     """Train all variants in turn and compare them; Ctrl-C ends the running process, and what there is is compared.
+
+    What the folder holds of it already is not trained again: see :func:`safe_lab.bench.processes.measure`.
 
     Args:
         bench: What to train.

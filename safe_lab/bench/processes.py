@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from typing import Any
 
 from safe_lab import config as configuration
 from safe_lab.bench.config import Bench
+from safe_lab.config import Config
 from safe_lab.run_folder import RunFolder, to_json
+from safe_lab.section import ConfigError
 
 FIGURES = (
     "metric",
@@ -62,7 +65,8 @@ def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> It
     """Train every variant as often as the bench says: A B C A B C ...
 
     Each training writes ``runs/<variant>/seed-<n>/``; its configuration, log and figures go to
-    ``processes/<repetition>-<variant>.yaml``, ``.log`` and ``.json``, the figures as soon as it has ended.
+    ``processes/<repetition>-<variant>.yaml``, ``.log`` and ``.json``, the figures as soon as it has ended. A training whose
+    figures are there, with this very configuration, is not repeated; what is left of an unfinished one is removed.
 
     Args:
         bench: What to train.
@@ -80,7 +84,16 @@ def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> It
     for number, (repetition, variant) in enumerate(turns, start=1):
         stem = f"{repetition}-{variant}"
         title = f"{number}/{len(turns)} {variant}, repetition {repetition}"
-        files.write(f"{stem}.yaml", configuration.dump(bench.config_of(variant, repetition, folder)))
+        config = bench.config_of(variant, repetition, folder)
+        measured = _measured_before(files.path, stem, config)
+        if measured is not None:
+            show(f"{title}: {_outcome(measured)}, measured before", True)
+            yield measured
+            continue
+        (files.path / f"{stem}.json").unlink(missing_ok=True)
+        if (files.path / f"{stem}.yaml").exists():
+            shutil.rmtree(config.run_folder, ignore_errors=True)
+        files.write(f"{stem}.yaml", configuration.dump(config))
         began = time.perf_counter()
         with _started(bench, variant, files.path, stem) as process:
             while process.poll() is None:
@@ -93,7 +106,7 @@ def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> It
         if process.returncode == 0:
             measurement = _read_answer(variant, repetition, json.loads(answer_path.read_text()))
             answer_path.unlink()
-            outcome = f"metric {measurement.figures['metric']:.4f}, {measurement.figures['wall_seconds']:.1f} s"
+            outcome = _outcome(measurement)
         else:
             failure = f"{_reason(process.returncode)}\n{_cause(files.path / f'{stem}.log')}"
             measurement = Measurement(variant, repetition, {}, (), {}, {}, failure.strip())
@@ -105,6 +118,23 @@ def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> It
         if failed == number == len(bench.configs) < len(turns):
             show("every variant failed: there is no second repetition", True)
             return
+
+
+def _outcome(measurement: Measurement) -> str:
+    return f"metric {measurement.figures['metric']:.4f}, {measurement.figures['wall_seconds']:.1f} s"
+
+
+def _measured_before(folder: Path, stem: str, config: Config) -> Measurement | None:
+    """Figures of a training that has ended well; None if there are none, or of another configuration."""
+    try:
+        if configuration.load(folder / f"{stem}.yaml") != config:
+            return None
+        answer = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+        measurement = Measurement(**answer | {"losses": tuple((step, loss) for step, loss in answer["losses"])})
+    except (ConfigError, OSError, ValueError, TypeError, KeyError):
+        # Cut off or altered: trained again.
+        return None
+    return None if measurement.failure or tuple(measurement.figures) != FIGURES else measurement
 
 
 @contextmanager

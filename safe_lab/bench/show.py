@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from safe_lab import run_folder
-from safe_lab.bench.compare import Comparison, Ratio
+from safe_lab.bench.compare import Comparison, Spread
 from safe_lab.bench.processes import FIGURES
 
 # Unit a figure is shown in, its size, and the decimals.
@@ -55,6 +55,13 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     if shown:
         console.print(medians)
         console.print(ratios)
+    for name, difference in comparison.metric_differences.items():
+        if difference["low"] is not None:
+            console.print(
+                f"metric of {name} less {comparison.baseline}'s: {difference['mean']:+.4f}, "
+                f"95 % interval {difference['low']:+.4f} to {difference['high']:+.4f}",
+                highlight=False,
+            )
     if comparison.loss_curve_difference is not None:
         console.print(
             f"loss curves of {comparison.baseline} and {', '.join(comparison.same_curve)}: "
@@ -70,7 +77,7 @@ def _write(figure: str, value: float | None) -> str:
     return "-" if value is None else f"{value / size:,.{decimals}f}"
 
 
-def _write_ratio(ratio: Ratio) -> str:
+def _write_ratio(ratio: Spread) -> str:
     if ratio["median"] is None:
         return "-"
     return f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})"

@@ -1,7 +1,8 @@
 """The memory budget: how many rows go through the model at once, so that the peak of all bytes stays within it.
 
-:func:`plan_stage` finds the numbers out from rehearsed steps, as long as one set of units is frozen; :func:`split_batch` cuts a
-loaded batch accordingly, so that the gradients of the parts add up to the batch's::
+:func:`plan_stage` finds the numbers out from rehearsed steps, as long as one set of units is frozen;
+:func:`~safe_lab.memory.split.split_batch` cuts a loaded batch accordingly, so that the gradients of the parts add up to the
+batch's::
 
     stage = plan_stage(rehearsal, frozen, budget_bytes=..., ...)
     for part, weight in split_batch(batch, stage.rows):
@@ -12,14 +13,13 @@ loaded batch accordingly, so that the gradients of the parts add up to the batch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from safe_lab.byte_size import format_bytes, parse_bytes
 from safe_lab.memory.predict import Rehearsal, count_bytes
@@ -80,50 +80,6 @@ class Stage:
             "rows": _find_changes(self.most_rows),
             "eval_rows": _find_changes(self.most_eval_rows),
         }
-
-
-def split_batch(
-    batch: Mapping[str, Any], most_rows: Callable[[int], int], *, pad_to_multiple_of: int = 1
-) -> Iterator[tuple[dict[str, Any], float]]:
-    r"""Cut a loaded batch into micro-batches, rows of like length together and without the padding they do not need.
-
-    The weights are the shares of the rows, so for a loss that is a mean over rows
-
-    .. math:: \sum_k w_k \, L(\text{part}_k) = L(\text{batch}), \qquad w_k = b_k / B,
-
-    and the gradient is the same. A batch that goes in one piece keeps the order of its rows.
-
-    Padding on the left stays where it is: cutting it off would move the tokens to other positions, which a model with absolute
-    positions (BERT, GPT-2) takes for another text.
-
-    Args:
-        batch: Tensors of shape (B, ...) are cut by rows, and those of shape (B, T, ...) by columns too, with (B, T) the shape
-            of ``attention_mask``; without a mask no column is cut. All else goes to each part as it is.
-        most_rows: ``most_rows(length)``: rows of a part whose longest row has ``length`` tokens, as :meth:`Stage.rows` tells.
-        pad_to_multiple_of: Parts are cut to a multiple of so many tokens, as far as the batch reaches.
-
-    Yields:
-        A part, and its weight. The longest rows come first. No reference to a part is kept once the next is asked for.
-
-    Raises:
-        ValueError: There is no tensor in the batch, or ``most_rows`` gives less than 1.
-    """
-    lengths, columns, device = _measure_rows(batch)
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    begin = 0
-    while begin < len(order):
-        length = min(columns, pad_to_multiple_of * -(-max(1, lengths[order[begin]]) // pad_to_multiple_of))
-        most = most_rows(length)
-        if most < 1:
-            raise ValueError(f"most_rows gives {most} for rows of {length} tokens, and a micro-batch needs at least 1")
-        rows = order[begin : begin + most]
-        index = torch.tensor(rows, device=device) if len(rows) < len(order) else None
-        # Not through a variable, which would keep the part alive while the next is worked on.
-        yield (
-            {name: _cut(value, index, (len(order), columns), length) for name, value in batch.items()},
-            len(rows) / len(order),
-        )
-        begin += len(rows)
 
 
 def plan_stage(
@@ -298,29 +254,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-def _measure_rows(batch: Mapping[str, Any]) -> tuple[list[int], int, torch.device]:
-    """Columns that each row takes up, all columns there are, and where the batch is."""
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        # Up to the last token, not the number of tokens: what is before and between them stays.
-        return ((mask != 0) * places).amax(1).tolist(), mask.shape[1], mask.device
-    first = next((value for value in batch.values() if isinstance(value, Tensor) and value.dim() > 0), None)
-    if first is None:
-        raise ValueError(f"a batch without a tensor has no rows to split; its entries are {', '.join(batch) or 'none'}")
-    columns = first.shape[1] if first.dim() > 1 else 1
-    return [columns] * len(first), columns, first.device
-
-
-def _cut(value: Any, rows: Tensor | None, shape: tuple[int, int], length: int) -> Any:
-    """Some rows of a tensor, None: all, less the columns beyond ``length``."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != shape[0]:
-        return value
-    if value.dim() > 1 and value.shape[1] == shape[1]:
-        value = value[:, :length]
-    return value.contiguous() if rows is None else value[rows]
 
 
 def _look_up(most_rows: tuple[int, ...], length: int) -> int:

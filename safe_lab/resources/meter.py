@@ -48,7 +48,7 @@ class Meter:
 
     A pass is a micro-step, or a run of the frozen prefix on its own. It is traced if, since the last change (:meth:`changed`),
     none of its situation (first and last of its optimizer step, optimizer state there or not; first layer of the prefix) and
-    class of tokens (from one power of two to the next) was; if it is longer than any traced with as many examples; and until
+    class of tokens (from one power of two to the next) was; if it is longer than any traced of its class of examples; and until
     three lengths are traced. The others carry the figures of the traced one of their situation that is nearest in size, with
     activations and temporaries scaled by the tokens, padding included. FLOPs of a shape that was not traced follow exactly from
     those that were, as :func:`~safe_lab.resources.flops.fit_flops` tells, or are scaled too.
@@ -375,8 +375,8 @@ class Meter:
         tokens = examples * length
         alike = [known for where, known in self._traces if where == situation]
         new_class = all((known[0] * known[1]).bit_length() != tokens.bit_length() for known in alike)
-        # Attention grows with the square of the length, so that few long examples are compared with as many.
-        longest = max((known[1] for known in alike if known[0] == examples), default=0)
+        # Attention grows with the square of the length, so that few long examples are compared with about as many.
+        longest = max((known[1] for known in alike if known[0].bit_length() == examples.bit_length()), default=0)
         lengths = {known[1] for where, known in self._traces if where[0] == situation[0]}
         return new_class or length > longest or (len(lengths) < 3 and length not in lengths)
 
