@@ -340,6 +340,10 @@ def test_a_resumed_bench_trains_only_what_is_missing_damaged_or_changed(finished
     damaged = processes / "0-none.json"
     damaged.write_text(damaged.read_text()[:-30])
     tree["variants"]["more"] = {"overrides": {"training.epochs": 1}}
+    # transformers.Trainer has no savings; every other training is another one with these.
+    tree["base"]["savings"] = {"cache": False}
+    tree["variants"]["safe"]["overrides"] = {"savings.cache": True}
+    tree["variants"]["none"]["overrides"]["savings.cache"] = True
     process = start(tmp_path / "bench.yaml", tree, "--json", "--resume", "training.epochs=3", "--repetitions", "2")
     out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err

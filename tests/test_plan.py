@@ -117,6 +117,21 @@ def assert_equal_to_real(config, depths):
         assert row.flops == real.flops, depth
 
 
+def test_a_plan_tells_the_micro_batches_of_a_memory_budget(tmp_path):
+    folder = save_config(tmp_path)
+    whole = plan(build_config(folder))
+    assert whole.stages == ()
+    budget = int(0.6 * whole.rows[0].peak_bytes)
+    planned = plan(build_config(folder, memory__budget=f"{budget}B"))
+    assert planned.rows == whole.rows
+    assert [stage.frozen_depth for stage in planned.stages] == [0, 1, 2, 3]
+    rows = [stage.micro_batch_rows for stage in planned.stages]
+    assert rows == sorted(rows) and 1 <= rows[0] < rows[-1] == ROWS
+    assert all(stage.peak_bytes <= budget for stage in planned.stages)
+    with pytest.raises(ValueError, match="the smallest that will do is"):
+        plan(build_config(folder, memory__budget="1KiB"))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
 def test_a_plan_equals_the_real_step(family, checkpointing, tmp_path):

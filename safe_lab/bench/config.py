@@ -70,6 +70,12 @@ class Bench:
         place = {"output_dir": str(folder), "name": "runs", "variant": variant}
         return config.model_copy(update={**place, "seed": config.seed + repetition})
 
+    def is_same_training(self, variant: str, first: Config, second: Config) -> bool:
+        """Whether two configurations of a variant are one training: transformers.Trainer does not know all sections."""
+        if self.settings.variants[variant].trainer == "safe_lab":
+            return first == second
+        return all(getattr(first, key) == getattr(second, key) for key in _KNOWN_TO_TRANSFORMERS)
+
     def repeats_baseline(self, variant: str) -> bool:
         """Whether a variant does the baseline's arithmetic: nothing freezes, no batch is cut, all other settings are the same."""
         pair = (variant, self.baseline)

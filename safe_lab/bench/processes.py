@@ -85,7 +85,7 @@ def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> It
         stem = f"{repetition}-{variant}"
         title = f"{number}/{len(turns)} {variant}, repetition {repetition}"
         config = bench.config_of(variant, repetition, folder)
-        measured = _measured_before(files.path, stem, config)
+        measured = _measured_before(bench, files.path, stem, config)
         if measured is not None:
             show(f"{title}: {_outcome(measured)}, measured before", True)
             yield measured
@@ -124,10 +124,10 @@ def _outcome(measurement: Measurement) -> str:
     return f"metric {measurement.figures['metric']:.4f}, {measurement.figures['wall_seconds']:.1f} s"
 
 
-def _measured_before(folder: Path, stem: str, config: Config) -> Measurement | None:
+def _measured_before(bench: Bench, folder: Path, stem: str, config: Config) -> Measurement | None:
     """Figures of a training that has ended well; None if there are none, or of another configuration."""
     try:
-        if configuration.load(folder / f"{stem}.yaml") != config:
+        if not bench.is_same_training(config.variant, configuration.load(folder / f"{stem}.yaml"), config):
             return None
         answer = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
         measurement = Measurement(**answer | {"losses": tuple((step, loss) for step, loss in answer["losses"])})

@@ -8,6 +8,7 @@ from typing import Any
 from safe_lab.config import Config
 from safe_lab.memory.ledger import KINDS, PHASES
 from safe_lab.plan.depths import Figures, fill_depths, find_period
+from safe_lab.plan.stages import StageRow, plan_stages
 from safe_lab.plan.subject import Subject, build_subject
 
 NOT_INCLUDED = (
@@ -50,13 +51,15 @@ class Plan:
     Attributes:
         model: ``name`` (``model.path``), ``layers``, ``units`` and ``parameters``, adapters and head included.
         step: The settings that decide: rows, tokens, dtype and so on.
-        rows: By frozen depth, from 0 to the number of units.
+        rows: By frozen depth, from 0 to the number of units; of whole batches.
+        stages: With ``memory.budget``, what it makes of a batch at some depths; without, nothing.
         notes: How the figures came about and what is not in them, in sentences.
     """
 
     model: dict[str, Any]
     step: dict[str, Any]
     rows: tuple[Row, ...]
+    stages: tuple[StageRow, ...]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +74,8 @@ def plan(config: Config) -> Plan:
         config: The run. Nothing of its data, weights or hub is touched.
 
     Raises:
-        ValueError: The configuration asks for what there is not, or the model can be run neither on fake nor real tensors.
+        ValueError: The configuration asks for what there is not, the model can be run neither on fake nor real tensors, or not
+            even a single row fits ``memory.budget``.
     """
     subject = build_subject(config)
     units = subject.rehearsal.units
@@ -93,10 +97,12 @@ def plan(config: Config) -> Plan:
             "mixed_precision": config.training.mixed_precision,
             "attention": subject.attention,
             "gradient_checkpointing": config.model.gradient_checkpointing,
+            "memory_budget": config.memory.budget,
             "adapter": config.adapter.method,
             "unit": config.freezing.unit,
         },
         rows=tuple(_row(subject, depth, figures[depth], depth in measured) for depth in range(len(units) + 1)),
+        stages=plan_stages(config, num_units=len(units), num_labels=subject.num_labels),
         notes=(*subject.notes, _describe(len(measured), len(units) + 1, period), NOT_INCLUDED),
     )
 

@@ -48,6 +48,12 @@ def print_tables(plan: Plan, fit: Fit | None, console: Console) -> None:
             format_bytes(row.checkpoint_bytes),
         )
     console.print(table)
+    if plan.stages:
+        console.print(_stage_table(plan))
+        _say(
+            console,
+            f"Gradients of the micro-batches add up to {step['batch_size']} examples; shorter rows go more at a time.",
+        )
     if fit is not None:
         console.print(_fit_table(fit))
         _say(console, fit.sentence)
@@ -58,6 +64,17 @@ def print_tables(plan: Plan, fit: Fit | None, console: Console) -> None:
 
 def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _stage_table(plan: Plan) -> Table:
+    table = Table(title=f"micro-batches within memory.budget, {plan.step['memory_budget']}", title_justify="left")
+    for heading in ("depth", "longest rows at a time", "checkpointing", "peak"):
+        table.add_column(heading, justify="right")
+    for stage in plan.stages:
+        recomputes = "on" if stage.gradient_checkpointing else "off"
+        peak = format_bytes(stage.peak_bytes)
+        table.add_row(str(stage.frozen_depth), str(stage.micro_batch_rows), recomputes, peak)
+    return table
 
 
 def _fit_table(fit: Fit) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safe_lab.byte_size import parse_bytes
@@ -106,6 +106,44 @@ class Planner:
 def _padded(most_rows: Sequence[int]) -> tuple[int, ...]:
     """Most rows of each length, as of the multiple of 16 that it is padded to."""
     return tuple(most_rows[min(-(-n // MULTIPLE) * MULTIPLE, len(most_rows)) - 1] for n in range(1, len(most_rows) + 1))
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """What ``memory.budget`` makes of a batch while the first ``frozen_depth`` units from the input are frozen.
+
+    Attributes:
+        frozen_depth: Length of the frozen run from the input, in units.
+        micro_batch_rows: Most of the longest rows that go through the model at once.
+        gradient_checkpointing: Whether activations are recomputed.
+        peak_bytes: Most bytes live in a step; without what folding keeps.
+    """
+
+    frozen_depth: int
+    micro_batch_rows: int
+    gradient_checkpointing: bool
+    peak_bytes: int
+
+
+def plan_stages(config: Config, *, num_units: int, num_labels: int) -> tuple[StageRow, ...]:
+    """The stages of a run at every quarter of its depth, and where all but one unit are frozen; none without a budget.
+
+    Args:
+        config: The run.
+        num_units: Number of its units.
+        num_labels: Size of the head.
+
+    Raises:
+        ValueError: Not even a single row fits the budget, or the model can be rehearsed in no way.
+    """
+    if config.memory.budget is None:
+        return ()
+    planner = Planner(config, num_labels=num_labels, longest=config.data.max_length)
+    rows = []
+    for depth in sorted({*(num_units * quarter // 4 for quarter in range(4)), num_units - 1}):
+        stage = planner.plan([unit < depth for unit in range(num_units)], kept_bytes=0)
+        rows.append(StageRow(depth, min(stage.most_rows), stage.gradient_checkpointing, stage.peak_bytes))
+    return tuple(rows)
 
 
 def predict_savings(config: Config, num_labels: int) -> PredictedSavings:
