@@ -32,6 +32,7 @@ from safe_lab.export import export
 from safe_lab.freezing import Freezer, FreezingRule
 from safe_lab.importance.probe import Batch
 from safe_lab.memory import Stage
+from safe_lab.micro_batches import MicroBatches
 from safe_lab.model import (
     check_length,
     checkpoint_gradients,
@@ -287,8 +288,10 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         settings=config.training,
         num_steps=num_steps,
         savings=savings,
-        plan_stage=None if planner is None else partial(enter_stage, planner, savings, model),
-        trim_padding=config.savings.trim_padding,
+        micro_batches=MicroBatches(
+            None if planner is None else partial(enter_stage, planner, savings, model),
+            trim_padding=config.savings.trim_padding,
+        ),
         meter=meter,
         folder=folder,
         tracker=tracking,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,9 @@ from safe_lab.data import EpochBatchSampler, Task
 from safe_lab.evaluation import evaluate, metric_key
 from safe_lab.freezing import Freezer
 from safe_lab.importance.probe import Batch, LossFunction
-from safe_lab.memory import Stage, halved, is_out_of_memory, split_batch
+from safe_lab.losses import Losses
+from safe_lab.memory import is_out_of_memory
+from safe_lab.micro_batches import MicroBatches
 from safe_lab.resources import TRAINING, Meter
 from safe_lab.rng import get_rng_state, set_rng_state
 from safe_lab.run_folder import RunFolder, RunFolderError
@@ -82,8 +83,7 @@ class Trainer:
         settings: TrainingSection,
         num_steps: int,
         savings: Savings,
-        plan_stage: Callable[[Sequence[bool]], Stage] | None,
-        trim_padding: int | None,
+        micro_batches: MicroBatches,
         meter: Meter,
         folder: RunFolder,
         tracker: Tracking,
@@ -107,8 +107,7 @@ class Trainer:
             settings: The ``training`` section.
             num_steps: Optimizer steps in all.
             savings: What freezing is turned into.
-            plan_stage: Micro-batches that fit the memory budget, from which units are frozen; None: there is no budget.
-            trim_padding: Tokens of padding that a further micro-batch must spare; None: no batch is cut for that.
+            micro_batches: Cuts batches into what goes through the model at once.
             meter: What the run costs.
             folder: The run folder.
             tracker: Where figures go.
@@ -130,10 +129,7 @@ class Trainer:
         self._settings = settings
         self.num_steps = num_steps
         self._savings = savings
-        self._plan_stage = plan_stage
-        self._trim_padding = trim_padding
-        self._stage: Stage | None = None
-        self._has_halved = False
+        self._micro_batches = micro_batches
         self._has_stepped = False
         self._meter = meter
         self._clock = meter.clock
@@ -144,8 +140,7 @@ class Trainer:
         self._trained = {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         self.num_trained = sum(parameter.numel() for parameter in self._trained.values())
         self._best: dict[str, Tensor] = {}
-        self._losses: list[float] = []
-        self._unread: list[tuple[int, Tensor]] = []
+        self._losses = Losses(self._first_bad_weights)
         self._learning_rate = 0.0
         self._gradient_norm: Tensor | float | None = None
         self._begins_step = True
@@ -158,7 +153,7 @@ class Trainer:
         Raises:
             FloatingPointError: A loss or a score is not finite; the last checkpoint stays.
         """
-        self._enter_stage(halve=self._has_halved)
+        self._micro_batches.enter_stage(self._freezer.frozen, halve=self._micro_batches.has_halved)
         self._meter.begin()
         while not self._ended:
             # On the loader, not the sampler: Accelerate's counts epochs itself, and would set the sampler back (1.15).
@@ -190,33 +185,25 @@ class Trainer:
         With a memory budget, in micro-batches that ought to fit. Should memory run out for all that, once a stage, the batch is
         done anew with half as many rows.
         """
-        if self._stage is None:
-            self._run(self._split(batch))
+        if not self._micro_batches.can_halve:
+            self._run(self._micro_batches.split(batch))
             return
         streams, begins_step = get_rng_state(), self._begins_step
         gradients = {p: p.grad.clone() for p in self._trained.values() if p.grad is not None}
         try:
-            self._run(self._split(batch))
+            self._run(self._micro_batches.split(batch))
             return
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or self._has_halved or self._has_stepped:
+            if not is_out_of_memory(error) or self._has_stepped:
                 raise
             log.warning("memory ran out at step %d, below the forecast: %s", self.progress.step + 1, error)
         # Out of the handler, in which the error still holds on to the tensors of the failed pass.
-        self._stage, self._has_halved = halved(self._stage), True
-        log.warning("from here on at most %d rows of the longest texts at a time", min(self._stage.most_rows))
+        self._micro_batches.halve()
         self._begins_step = begins_step
         for parameter in self._trained.values():
             parameter.grad = gradients.get(parameter)
         set_rng_state(streams)
-        self._run(self._split(batch))
-
-    def _split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
-        """Micro-batches of a batch with their weights."""
-        if self._stage is None and self._trim_padding is None:
-            return [(batch, 1.0)]
-        most_rows = None if self._stage is None else self._stage.rows
-        return split_batch(batch, most_rows, part_tokens=self._trim_padding)
+        self._run(self._micro_batches.split(batch))
 
     def _run(self, parts: Iterable[tuple[Batch, float]]) -> None:
         """Forward and backward of the parts of a batch with their weights, and the optimizer's step if it is due."""
@@ -234,7 +221,8 @@ class Trainer:
                     self._accelerator.backward(loss)
                 if number < len(parts):
                     continue
-                self._record(losses, sum(int(part["attention_mask"].sum()) for part, _ in parts))
+                self.progress.tokens += sum(int(part["attention_mask"].sum()) for part, _ in parts)
+                self._losses.record(self.progress.step + 1, losses)
                 with self._clock.on("optimizer"):
                     self._clip()
                     self._has_stepped = True
@@ -251,7 +239,7 @@ class Trainer:
                 self._validation,
                 self._task,
                 skipping=self._savings.skipping,
-                most_rows=None if self._stage is None else self._stage.eval_rows,
+                most_rows=self._micro_batches.eval_rows,
             )
         self.progress.metrics, self.progress.evaluated_at = metrics, self.progress.step
         if not self.progress.best or metrics[self.main_metric] > self.progress.best[self.main_metric]:
@@ -272,7 +260,7 @@ class Trainer:
         if self._settings.save_every == "never":
             return
         with self._clock.on("checkpoint"):
-            self._read_losses()
+            self._losses.read()
             self._check_weights()
             folders = self.folder.checkpoints
             tensors = {f"last.{name}": parameter for name, parameter in self._trained.items()}
@@ -336,31 +324,6 @@ class Trainer:
             return self.progress.micro_step == 0
         return every != "never" and self.progress.step % every == 0
 
-    def _record(self, losses: Sequence[Tensor], num_tokens: int) -> None:
-        """Take in what the parts of a batch add to its loss, and its tokens without padding."""
-        self.progress.tokens += num_tokens
-        self._unread.append((self.progress.step + 1, losses[0] if len(losses) == 1 else torch.stack([*losses]).sum()))
-        # Reading a loss from an accelerator waits for it: there they are read together, before a row, scoring or checkpoint.
-        if losses[0].device.type == "cpu":
-            self._read_losses()
-
-    def _read_losses(self) -> None:
-        """Take in the losses of the batches since the last reading.
-
-        Raises:
-            FloatingPointError: A loss is NaN or infinite; the message names step and unit.
-        """
-        if not self._unread:
-            return
-        steps, losses = zip(*self._unread, strict=True)
-        self._unread.clear()
-        for step, loss in zip(steps, torch.stack(losses).float().tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step}; {self._first_bad_weights()}; the last checkpoint stays"
-                )
-            self._losses.append(loss)
-
     def _check_weights(self) -> None:
         """Before weights are measured or kept.
 
@@ -386,9 +349,7 @@ class Trainer:
             )
 
     def _log(self) -> None:
-        self._read_losses()
-        loss = sum(self._losses) / len(self._losses)
-        self._losses.clear()
+        loss = self._losses.take_mean()
         resources = self._meter.recent()
         seconds, tokens = self._training_seconds, self.progress.tokens
         seconds_before, tokens_before = self._logged_at
@@ -415,7 +376,7 @@ class Trainer:
             self._console.logged(row)
 
     def _score(self) -> None:
-        self._read_losses()
+        self._losses.read()
         with self._meter.activity("scoring"):
             scoring = self._freezer.step(self.progress.step)
         self._clock.move("scoring", "freezing", scoring.freeze_seconds)
@@ -423,24 +384,15 @@ class Trainer:
             with self._clock.on("freezing"):
                 micro_steps_left = (self.num_steps - self.progress.step) * self._settings.gradient_accumulation
                 self._savings.froze(passes_left=micro_steps_left / len(self._sampler))
-                self._enter_stage()
+                self._micro_batches.enter_stage(self._freezer.frozen)
         with self._clock.on("tracking"):
             effect = self._effect()
             self._tracker.log_scoring(scoring, self._epoch, effect)
             self._console.scored(scoring, self._freezer.units, self._epoch, effect)
 
-    def _enter_stage(self, *, halve: bool = False) -> None:
-        """Plan micro-batches for what is frozen now."""
-        self._has_halved = halve
-        if self._plan_stage is not None:
-            stage = self._plan_stage(self._freezer.frozen)
-            self._stage = halved(stage) if halve else stage
-
     def _effect(self) -> dict[str, int | None]:
         """What freezing has been turned into: figures for a row."""
-        return asdict(self._savings.state) | {
-            "micro_batch_rows": None if self._stage is None else min(self._stage.most_rows)
-        }
+        return asdict(self._savings.state) | {"micro_batch_rows": self._micro_batches.longest_rows}
 
     def _metered(self, part: Batch, hidden: Tensor | None, *, last: bool) -> AbstractContextManager[None]:
         ends_step = last and self._accelerator.sync_gradients
@@ -459,11 +411,11 @@ class Trainer:
             "meter": self._meter.state_dict(),
             "freezer": self._freezer.state_dict(),
             "savings": self._savings.state_dict(),
-            "has_halved": self._has_halved,
+            "has_halved": self._micro_batches.has_halved,
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "losses": self._losses,
+            "losses": self._losses.state_dict(),
             "rows": self.folder.sizes(),
             "rng": get_rng_state(),
             "base_fingerprint": self._base_fingerprint,
@@ -478,14 +430,14 @@ class Trainer:
         self._best.update((key.removeprefix("best."), t) for key, t in tensors.items() if key.startswith("best."))
         self._freezer.load_state_dict(state["freezer"])
         self._savings.load_state_dict(state["savings"])
-        self._has_halved = state["has_halved"]
+        self._micro_batches.has_halved = state["has_halved"]
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self._meter.load_state_dict(state["meter"])
-        self._losses = list(state["losses"])
+        self._losses.load_state_dict(state["losses"])
         self._logged_at = self._training_seconds, self.progress.tokens
         set_rng_state(state["rng"])
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny import FAMILIES, save_tiny_model, write_csv
 
+# Sums over threads come out in other bits: the processes that tests start compute with as many threads as this one.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"config"},
     {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation", "memory"},
     {"optimizer", "resources", "plan", "prefix", "export", "folding"},
-    {"savings", "tracking"},
+    {"savings", "tracking", "losses", "micro_batches"},
     {"console"},
     {"trainer"},
     {"run"},
