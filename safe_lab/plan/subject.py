@@ -51,12 +51,13 @@ class Subject:
     notes: tuple[str, ...] = ()
 
 
-def build_subject(config: Config, *, num_labels: int | None = None) -> Subject:
+def build_subject(config: Config, *, num_labels: int | None = None, fake: bool = True) -> Subject:
     """The model as configured, on fake tensors; on real ones with random weights where it cannot be had on fake ones.
 
     Args:
         config: The run.
         num_labels: Size of the head, where the data have been read; None: as the configuration or the task says, or else 2.
+        fake: False: on real tensors with random weights in any case, whose operators take their time.
 
     Raises:
         ValueError: The configuration asks for what there is not, or the model can be run in neither way.
@@ -64,6 +65,8 @@ def build_subject(config: Config, *, num_labels: int | None = None) -> Subject:
     if num_labels is not None:
         names = tuple(map(str, range(num_labels)))
         config = config.model_copy(update={"data": config.data.model_copy(update={"labels": names})})
+    if not fake:
+        return _build(config, None)
     # It would print a traceback of what is told here in a sentence.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
