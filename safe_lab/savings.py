@@ -97,18 +97,29 @@ class Savings:
         self._kept_by_folds, self._fold_tolerance = [], None
         return True
 
-    def froze(self, *, passes_left: float) -> SavingsState:
-        """Turn what froze into savings.
+    def fold(self) -> None:
+        """Fold what froze; the prefix is extended only afterwards, so that its cache holds what folded layers put out."""
+        if self._fold_tolerance is None:
+            return
+        with self._meter.activity("scoring"):
+            folding = fold(self._freezer, tolerance=self._fold_tolerance)
+        self._kept_by_folds = kept_tensors(self._freezer.model)
+        reasons: dict[str, list[str]] = {}
+        for layer, reason in folding.refused.items():
+            reasons.setdefault(reason, []).append(layer)
+        for reason, layers in reasons.items():
+            log.warning("%d frozen adapter layers stay unfolded: %s (%s)", len(layers), reason, layers[0])
+
+    def extend_prefix(self, *, passes_left: float) -> None:
+        """Skip the layers that froze, and keep their output.
 
         Args:
             passes_left: How often each example will still be trained on, on average. Unless it is more than once, computing what
                 is needed costs no more than filling a cache with it.
         """
-        self._fold()
         if self._prefix is not None:
             self._prefix.update(self._blocks() if passes_left > 1 else None, around=self._meter.prefix_pass)
         self._meter.changed()
-        return self.state
 
     def hidden(self, batch: Batch) -> Tensor | None:
         """The prefix's output for a batch that is about to be trained on; None where there is no prefix."""
@@ -162,18 +173,6 @@ class Savings:
             elif cache is not None and state["limit_bytes"] is not None:
                 cache.limit_bytes = state["limit_bytes"]
             self._prefix.restore(state["path"], self._blocks)
-
-    def _fold(self) -> None:
-        if self._fold_tolerance is None:
-            return
-        with self._meter.activity("scoring"):
-            folding = fold(self._freezer, tolerance=self._fold_tolerance)
-        self._kept_by_folds = kept_tensors(self._freezer.model)
-        reasons: dict[str, list[str]] = {}
-        for layer, reason in folding.refused.items():
-            reasons.setdefault(reason, []).append(layer)
-        for reason, layers in reasons.items():
-            log.warning("%d frozen adapter layers stay unfolded: %s (%s)", len(layers), reason, layers[0])
 
     def _notice_drop(self) -> None:
         cache = None if self._prefix is None else self._prefix.cache

@@ -383,8 +383,10 @@ class Trainer:
         if scoring.froze:
             with self._clock.on("freezing"):
                 micro_steps_left = (self.num_steps - self.progress.step) * self._settings.gradient_accumulation
-                self._savings.froze(passes_left=micro_steps_left / len(self._sampler))
+                self._savings.fold()
+                # What folding keeps counts towards the budget, and is undone where it does not fit.
                 self._micro_batches.enter_stage(self._freezer.frozen)
+                self._savings.extend_prefix(passes_left=micro_steps_left / len(self._sampler))
         with self._clock.on("tracking"):
             effect = self._effect()
             self._tracker.log_scoring(scoring, self._epoch, effect)

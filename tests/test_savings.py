@@ -229,6 +229,29 @@ def test_live_bytes_stay_within_the_budget_and_micro_batches_grow(tiny_tree):
     assert (result.steps, result.tokens) == (free.steps, free.tokens)
 
 
+def test_folds_that_do_not_fit_the_budget_are_undone_before_the_cache_is_filled(tiny_tree, monkeypatch, caplog):
+    from test_run import _interrupt
+
+    from safe_lab.plan.stages import Planner
+
+    plan = Planner.plan
+
+    def without_folds(self, frozen, *, kept_bytes):
+        if kept_bytes:
+            raise ValueError("what is kept does not fit")
+        return plan(self, frozen, kept_bytes=kept_bytes)
+
+    monkeypatch.setattr(Planner, "plan", without_folds)
+    sections = {"memory": {"budget": "250KiB"}, "training": {"save_every": 2}}
+    alone, adapter, _ = trained(tiny_tree, "alone", **sections)
+    assert alone.savings["folded_layers"] == 0 < alone.savings["cached_examples"]
+    assert "adapters stay unfolded from here on" in caplog.text
+    config = config_of({"savings": {}, "memory": {}} | tiny_tree, variant="cut", freezing=FREEZE, **sections)
+    _interrupt(config, monkeypatch, after_step=11)
+    run(config, resume=True)
+    assert same_bits(adapter, load_file(config.run_folder / "adapter" / "adapter_model.safetensors"))
+
+
 def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_will_do(tiny_tree):
     with pytest.raises(ConfigError, match=r"memory\.budget.*the smallest that will do is") as refusal:
         trained(tiny_tree, "small", memory={"budget": "1KiB"})
