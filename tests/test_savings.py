@@ -246,6 +246,8 @@ def test_folds_that_do_not_fit_the_budget_are_undone_before_the_cache_is_filled(
     alone, adapter, _ = trained(tiny_tree, "alone", **sections)
     assert alone.savings["folded_layers"] == 0 < alone.savings["cached_examples"]
     assert "adapters stay unfolded from here on" in caplog.text
+    _, other, _ = trained(tiny_tree, "unfolded", savings={"fold": False}, **sections)
+    assert same_bits(adapter, other)
     config = config_of({"savings": {}, "memory": {}} | tiny_tree, variant="cut", freezing=FREEZE, **sections)
     _interrupt(config, monkeypatch, after_step=11)
     run(config, resume=True)
