@@ -222,7 +222,7 @@ def bench(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         return _refuse(error)
     except OSError as error:
-        print(f"stopped: {error}; what was measured stays, and --resume goes on with it", file=sys.stderr)
+        print(f"stopped: {error}; what was measured stays, and --output with --resume goes on with it", file=sys.stderr)
         return 1
     if chosen.json:
         print(benches.to_json(comparison))
@@ -232,7 +232,8 @@ def bench(arguments: Sequence[str]) -> int:
     if comparison.failures:
         return 1
     if not comparison.complete:
-        errors.print(f"the rest: --output {folder} --resume", markup=False, highlight=False, soft_wrap=True)
+        rest = f"the rest: safe-lab bench {folder / 'bench.yaml'} --output {folder} --resume"
+        errors.print(rest, markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
     return 0
 

@@ -291,8 +291,8 @@ class SavingsSection(Section):
     trim_padding: Count | None = Field(
         None,
         description="cut batches into micro-batches of like length where a cut spares more than so many tokens of padding, "
-        "about what a micro-batch costs by itself (32 on a CPU, thousands on a GPU); gradients add up to the same batch; "
-        "null: batches stay whole",
+        "about what a micro-batch costs by itself (32 on a CPU; more on a GPU); gradients add up to the same batch, but dropout "
+        "draws otherwise; null: batches stay whole",
     )
 
 
@@ -418,6 +418,8 @@ def warnings(config: Config) -> list[str]:
                 f"freezing.final_threshold is {freezing.final_threshold:g}, and no score is over 1: "
                 "all units freeze, at t_f at the latest"
             )
+    if config.savings.trim_padding is not None and training.batch_size == 1:
+        found.append("savings.trim_padding has no effect: a batch of one row has no padding")
     if freezing.policy != "none" and freezing.interval == "epoch" and training.max_steps is None:
         at_once = freezing.curve == "constant" or freezing.policy == "all"
         first = max(1, freezing.warmup + (not at_once)) if isinstance(freezing.warmup, int) else 2

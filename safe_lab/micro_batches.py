@@ -67,8 +67,8 @@ class MicroBatches:
         log.warning("from here on at most %d rows of the longest texts at a time", min(self._stage.most_rows))
 
     def split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
-        """Micro-batches with their weights; a batch that need not be cut is the very one, with weight 1."""
+        """Micro-batches with their weights; with neither budget nor trimming the very batch, with weight 1."""
         if self._stage is None and self._trim_padding is None:
             return [(batch, 1.0)]
         most_rows = None if self._stage is None else self._stage.rows
-        return split_batch(batch, most_rows, part_tokens=self._trim_padding)
+        return split_batch(batch, most_rows, trim_padding=self._trim_padding)

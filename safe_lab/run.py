@@ -200,6 +200,10 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
                 "savings.cache_store: memory would take what memory.budget leaves on this device, which is the CPU: take disk"
             )
         planner = Planner(config, num_labels=num_labels, longest=longest)
+    if config.savings.trim_padding is not None and tokenizer.padding_side == "left":
+        log.warning(
+            "savings.trim_padding has no effect: texts are padded on the left, where cutting would move their tokens"
+        )
     collate = Collator(tokenizer)
     probe = [
         {name: tensor.to(accelerator.device) for name, tensor in batch.items()}

@@ -166,14 +166,14 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
     finished = (path / "result.json").exists()
     state = "a finished" if finished else "an unfinished"
     try:
-        differences = _differences(configuration.load(path / "config.yaml"), config)
+        found = differences(configuration.load(path / "config.yaml"), config)
     except ConfigError as error:
         raise RunFolderError(
             f"{path}: holds {state} run whose config.yaml this version cannot read ({error}); --overwrite removes it"
         ) from None
-    if differences:
+    if found:
         raise RunFolderError(
-            f"{path}: holds {state} run of another configuration ({'; '.join(differences)}); "
+            f"{path}: holds {state} run of another configuration ({'; '.join(found)}); "
             "--overwrite removes it, or give this run another name or variant"
         )
     if finished:
@@ -196,7 +196,9 @@ def _empty(path: Path) -> None:
             entry.unlink()
 
 
-def _differences(old: Config, new: Config) -> list[str]:
+def differences(old: Config, new: Config) -> list[str]:
+    """Where two configurations differ: a dotted key, the old and the new value."""
+
     def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in tree.items():
             if isinstance(value, dict) and value:

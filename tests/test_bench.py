@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from safe_lab import config as configuration
 from safe_lab import yaml_core
 from safe_lab.bench import baseline, claim_folder, load
 from safe_lab.bench.compare import compare, difference_of_losses, take_difference
-from safe_lab.bench.processes import FIGURES, Measurement
+from safe_lab.bench.folder import run as run_bench
+from safe_lab.bench.processes import FIGURES, Measurement, find_measured
+from safe_lab.cli import main
 from safe_lab.run import run
 from safe_lab.run_folder import RunFolder
 from safe_lab.section import ConfigError
@@ -334,13 +337,11 @@ def test_a_resumed_bench_trains_only_what_is_missing_damaged_or_changed(finished
     tree = yaml_core.parse((folder.parent / "bench.yaml").read_text())
     shutil.copytree(folder, tmp_path / "out")
     processes = tmp_path / "out" / "processes"
-    for file in processes.glob("*.yaml"):
-        file.write_text(file.read_text().replace(str(folder), str(tmp_path / "out")))
     (processes / "1-safe.json").unlink()
     damaged = processes / "0-none.json"
     damaged.write_text(damaged.read_text()[:-30])
     tree["variants"]["more"] = {"overrides": {"training.epochs": 1}}
-    # transformers.Trainer has no savings; every other training is another one with these.
+    # transformers.Trainer has no savings; each of the others would be another training with these.
     tree["base"]["savings"] = {"cache": False}
     tree["variants"]["safe"]["overrides"] = {"savings.cache": True}
     tree["variants"]["none"]["overrides"]["savings.cache"] = True
@@ -361,6 +362,63 @@ def test_a_resumed_bench_trains_only_what_is_missing_damaged_or_changed(finished
     assert resumed["variants"]["none"]["metric"] == printed["variants"]["none"]["metric"]
     assert resumed["loss_curve_difference"] < 1e-5
     assert set(resumed["metric_differences"]) == {"none", "safe", "more"}
+
+
+def test_a_measured_variant_cannot_be_changed_and_nothing_is_lost(finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(finished[2], folder)
+    files = sorted(folder.rglob("*"))
+    tree = yaml_core.parse((folder / "bench.yaml").read_text())
+    assert tree["base"]["training"]["epochs"] == 3, "overrides are in it"
+    for change, message in [
+        ({"overrides": {"freezing.policy": "none", "seed": 5}}, "none, repetition 0: seed: 0 there, 5 here"),
+        ({"trainer": "transformers"}, "none, repetition 1: trainer: safe_lab there, transformers here"),
+    ]:
+        tree["variants"]["none"] = change
+        (tmp_path / "bench.yaml").write_text(yaml_core.write(tree))
+        assert main(["bench", str(tmp_path / "bench.yaml"), "--output", str(folder), "--resume"]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == files
+
+
+@pytest.mark.parametrize("damage", [{"metric": None}, {"wall_seconds": "fast"}, None])
+def test_what_was_measured_is_found_but_not_what_was_altered(damage, finished, tmp_path):
+    shutil.copytree(finished[2], tmp_path / "moved")
+    bench = load(tmp_path / "moved" / "bench.yaml")
+    everything = {(repetition, variant) for repetition in (0, 1) for variant in ("trainer", "none", "safe")}
+    assert find_measured(bench, tmp_path / "moved").keys() == everything
+    file = tmp_path / "moved" / "processes" / "1-none.json"
+    answer = json.loads(file.read_text())
+    answer["figures"] = None if damage is None else answer["figures"] | damage
+    file.write_text(json.dumps(answer))
+    assert find_measured(bench, tmp_path / "moved").keys() == everything - {(1, "none")}
+
+
+def test_what_is_measured_stays_in_the_result_while_a_bench_is_gone_on_with(finished, tmp_path, monkeypatch):
+    printed, _, folder = finished
+    shutil.copytree(folder, tmp_path / "out")
+    tree = yaml_core.parse((folder / "bench.yaml").read_text())
+    tree["variants"] = {"first": {}} | tree["variants"]
+    bench = load_tree(tmp_path / "bench.yaml", tree | {"baseline": "trainer"})
+
+    def interrupted(*_):
+        yield measurement("first", 0, wall_seconds=1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safe_lab.bench.folder.measure", interrupted)
+    comparison = run_bench(bench, tmp_path / "out", command=[], show=lambda *_: None)
+    assert comparison.variants["first"]["wall_seconds"] == [1.0, None]
+    for written in (comparison.variants, json.loads((tmp_path / "out" / "result.json").read_text())["variants"]):
+        assert list(written["none"]["metric"]) == printed["variants"]["none"]["metric"]
+
+
+def test_other_machines_and_versions_are_told(path, tree):
+    environments = [{"threads": 1, "packages": {"torch": version}, "time": version} for version in ("2.12", "2.13")]
+    measurements = [
+        replace(measurement("trainer", repetition), environment=environment)
+        for repetition, environment in enumerate(environments)
+    ]
+    assert compare(load_tree(path, tree), measurements).environment_differences == ["torch: 2.12, 2.13"]
 
 
 def test_metric_differences_come_with_the_interval_of_their_mean():

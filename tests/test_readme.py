@@ -70,7 +70,7 @@ def test_the_parts_of_a_batch_add_up_to_its_gradient(loop):
     loop["loss_function"](model, batch).backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    exec(BLOCKS[2].replace("prefix.loss", "loss_function").replace("part_tokens=32", "part_tokens=1"), loop)
+    exec(BLOCKS[2].replace("prefix.loss", "loss_function").replace("trim_padding=32", "trim_padding=1"), loop)
     assert len(loop["part"]["labels"]) < 4
     for name, p in model.named_parameters():
         if name in whole:

@@ -1,6 +1,7 @@
 """Fold, prefix, cache and memory budget in a run: what changes, and what must not."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -9,8 +10,10 @@ from safetensors.torch import load_file
 from test_run import bits, config_of
 from tiny import save_tiny_model
 
+from safe_lab import config as configuration
 from safe_lab.adapters import attach
 from safe_lab.byte_size import parse_bytes
+from safe_lab.plan.stages import Planner
 from safe_lab.run import run
 from safe_lab.run_folder import RunFolder
 from safe_lab.section import ConfigError
@@ -211,11 +214,40 @@ def test_trimmed_padding_changes_a_run_without_dropout_by_rounding_and_its_cost_
     assert trimmed.resources["memory_mean_bytes"] < whole.resources["memory_mean_bytes"]
 
 
-def test_padding_is_trimmed_within_a_budget(tiny_tree):
-    tight, _, folder = trained(tiny_tree, "tight", memory={"budget": "250KiB"})
-    trimmed, _, _ = trained(tiny_tree, "trimmed", memory={"budget": "250KiB"}, savings={"trim_padding": 1})
-    assert trimmed.resources["memory_peak_bytes"] <= parse_bytes("250KiB")
-    assert trimmed.resources["flops_by_phase"]["backward"] < tight.resources["flops_by_phase"]["backward"]
+@pytest.mark.parametrize("trim_padding", [1, 1000])
+def test_padding_is_trimmed_within_a_budget(trim_padding, tiny_tree):
+    budget = {"budget": "250KiB"}
+    tight, _, _ = trained(tiny_tree, "tight", memory=budget)
+    free, _, _ = trained(tiny_tree, "free", savings={"trim_padding": 1000})
+    trimmed, _, _ = trained(tiny_tree, "trimmed", memory=budget, savings={"trim_padding": trim_padding})
+    # With 1000 only the budget cuts.
+    assert trimmed.resources["memory_peak_bytes"] <= parse_bytes("250KiB") < free.resources["memory_peak_bytes"]
+    flops = [result.resources["flops_by_phase"]["backward"] for result in (trimmed, tight)]
+    assert flops[0] < flops[1] if trim_padding == 1 else flops[0] <= flops[1]
+
+
+def test_a_planned_stage_has_room_for_the_gradients_of_parts_that_were_cut(tiny_tree):
+    whole = configuration.build(tiny_tree | {"memory": {"budget": "1GiB"}})
+    longest = whole.data.max_length
+    frozen = [False] * 2
+    peak = Planner(whole, num_labels=2, longest=longest).plan(frozen, kept_bytes=0).peak_bytes
+    rows = []
+    for trim_padding in (None, 4):
+        config = configuration.build(
+            tiny_tree | {"memory": {"budget": f"{peak}B"}, "savings": {"trim_padding": trim_padding}}
+        )
+        rows.append(min(Planner(config, num_labels=2, longest=longest).plan(frozen, kept_bytes=0).most_rows))
+    assert rows[1] < rows[0] == whole.training.batch_size
+
+
+def test_padding_that_cannot_be_trimmed_is_told(tiny_tree, tmp_path, caplog):
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "left"}))
+    tiny_tree["model"] = {"path": str(folder)}
+    tiny_tree["adapter"] = tiny_tree["adapter"] | {"target_modules": ["q_proj", "v_proj"]}
+    trained(tiny_tree, "left", savings={"trim_padding": 1})
+    assert "savings.trim_padding has no effect: texts are padded on the left" in caplog.text
 
 
 def test_live_bytes_stay_within_the_budget_and_micro_batches_grow(tiny_tree):
@@ -231,8 +263,6 @@ def test_live_bytes_stay_within_the_budget_and_micro_batches_grow(tiny_tree):
 
 def test_folds_that_do_not_fit_the_budget_are_undone_before_the_cache_is_filled(tiny_tree, monkeypatch, caplog):
     from test_run import _interrupt
-
-    from safe_lab.plan.stages import Planner
 
     plan = Planner.plan
 

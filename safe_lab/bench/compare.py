@@ -10,6 +10,8 @@ from typing import Any
 from safe_lab.bench.config import Bench
 from safe_lab.bench.processes import FIGURES, Measurement
 
+_COMPARED_OF_ENVIRONMENTS = ("commit", "python", "platform", "processor", "processors", "threads", "devices")
+
 Figures = Mapping[str, Mapping[str, Sequence[float | None]]]
 Spread = dict[str, float | None]
 
@@ -29,6 +31,7 @@ class Comparison:
         loss_curve_difference: Largest difference between a row of the baseline's training loss and the same row of theirs;
             None if there is nothing to compare.
         num_loss_rows: How many rows of the training loss were compared.
+        environment_differences: What was not the same for all trainings, of machine, threads, versions and commit.
         failures: Variant, repetition and reason of each training that failed.
         complete: Every training that was asked for has been made, and none failed.
     """
@@ -40,6 +43,7 @@ class Comparison:
     same_curve: Sequence[str]
     loss_curve_difference: float | None
     num_loss_rows: int
+    environment_differences: Sequence[str]
     failures: Sequence[Mapping[str, Any]]
     complete: bool
 
@@ -68,6 +72,7 @@ def compare(bench: Bench, measurements: Sequence[Measurement]) -> Comparison:
         for i in repetitions
         if all(turn in by_turn and by_turn[turn].losses for turn in ((name, i), (bench.baseline, i)))
     ]
+    measurements = sorted(measurements, key=lambda entry: (entry.repetition, list(bench.configs).index(entry.variant)))
     failures = [
         {"variant": entry.variant, "repetition": entry.repetition, "failure": entry.failure}
         for entry in measurements
@@ -86,6 +91,7 @@ def compare(bench: Bench, measurements: Sequence[Measurement]) -> Comparison:
         same_curve=list(dict.fromkeys(name for name, _, _ in alike)),
         loss_curve_difference=max((difference_of_losses(ours, theirs) for _, ours, theirs in alike), default=None),
         num_loss_rows=sum(len(ours) for _, ours, _ in alike),
+        environment_differences=find_differences([entry.environment for entry in measurements if entry.environment]),
         failures=failures,
         complete=complete,
     )
@@ -101,6 +107,22 @@ def take_ratio(values: Sequence[float | None], baseline: Sequence[float | None])
     if not ratios:
         return {"median": None, "min": None, "max": None}
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def find_differences(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not the same in all environments (:func:`safe_lab.environment.describe_environment`), with all its values.
+
+    >>> find_differences([{"threads": 1, "time": "12:00"}, {"threads": 2, "time": "13:00"}])
+    ['threads: 1, 2']
+    """
+    values: dict[str, list[str]] = {}
+    for environment in environments:
+        packages = environment.get("packages", {})
+        for key, value in {**environment, **packages}.items():
+            if key in _COMPARED_OF_ENVIRONMENTS or key in packages:
+                known = values.setdefault(key, [])
+                known += [str(value)] if str(value) not in known else []
+    return [f"{key}: {', '.join(known)}" for key, known in values.items() if len(known) > 1]
 
 
 def take_difference(values: Sequence[float | None], baseline: Sequence[float | None]) -> Spread:

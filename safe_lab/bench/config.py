@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from safe_lab import config as configuration
-from safe_lab import yaml_core
+from safe_lab import run_folder, yaml_core
 from safe_lab.config import Config, Count
 from safe_lab.section import ConfigError, Section, check, override, override_all, read_tree
 from safe_lab.suggest import did_you_mean
@@ -55,7 +56,7 @@ class Bench:
     """A checked bench.
 
     Attributes:
-        settings: The bench file.
+        settings: The bench file, its base with the overrides in it.
         configs: Configuration of each variant's run, by its name, in order.
         baseline: Name of the variant that ratios are taken to.
     """
@@ -70,11 +71,15 @@ class Bench:
         place = {"output_dir": str(folder), "name": "runs", "variant": variant}
         return config.model_copy(update={**place, "seed": config.seed + repetition})
 
-    def is_same_training(self, variant: str, first: Config, second: Config) -> bool:
-        """Whether two configurations of a variant are one training: transformers.Trainer does not know all sections."""
-        if self.settings.variants[variant].trainer == "safe_lab":
-            return first == second
-        return all(getattr(first, key) == getattr(second, key) for key in _KNOWN_TO_TRANSFORMERS)
+    def differences(self, variant: str, old: Config, new: Config) -> list[str]:
+        """Where two configurations of a variant differ; not in their place, nor in what transformers.Trainer does not know."""
+        knows_all = self.settings.variants[variant].trainer == "safe_lab"
+        return [
+            difference
+            for difference in run_folder.differences(old, new)
+            if (section := re.split("[.:]", difference)[0]) not in ("output_dir", "name", "variant")
+            and (knows_all or section in _KNOWN_TO_TRANSFORMERS)
+        ]
 
     def repeats_baseline(self, variant: str) -> bool:
         """Whether a variant does the baseline's arithmetic: nothing freezes, no batch is cut, all other settings are the same."""
@@ -126,7 +131,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, repetitions: int | 
         faults.append(f"baseline: {baseline!r} is no variant{near}; there are {', '.join(settings.variants)}")
     if faults:
         raise ConfigError("\n".join(faults))
-    return Bench(settings, configs, baseline)
+    return Bench(settings.model_copy(update={"base": base}), configs, baseline)
 
 
 def _trains_plainly(config: Config) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from safe_lab import run_folder, yaml_core
 from safe_lab.bench.compare import Comparison, compare
 from safe_lab.bench.config import Bench, BenchSection
-from safe_lab.bench.processes import Measurement, measure
+from safe_lab.bench.processes import find_measured, measure
 from safe_lab.bench.show import to_json
 from safe_lab.run_folder import RunFolder
 from safe_lab.section import ConfigError, check, read_tree
@@ -40,9 +40,11 @@ def claim_folder(bench: Bench, output: str | None, *, resume: bool = False) -> I
     held = folder / "bench.yaml"
     if resume and not held.exists():
         raise ConfigError(f"{folder}: holds no bench to go on with; without --resume it begins")
-    if held.exists() and not resume:
-        raise ConfigError(f"{folder}: holds a bench already; --resume goes on with it, or give --output another folder")
     with run_folder.hold(folder, "a live bench is writing to this folder; wait for it, or give --output another"):
+        if held.exists() and not resume:
+            raise ConfigError(
+                f"{folder}: holds a bench already; --resume goes on with it, or give --output another folder"
+            )
         if resume:
             _check_comparable(bench.settings, check(BenchSection, read_tree(held)), folder)
         yield folder
@@ -61,19 +63,23 @@ def _check_comparable(new: BenchSection, old: BenchSection, folder: Path) -> Non
 def run(bench: Bench, folder: Path, *, command: Sequence[str], show: Callable[[str, bool], None]) -> Comparison:
     """Train all variants in turn and compare them; Ctrl-C ends the running process, and what there is is compared.
 
-    What the folder holds of it already is not trained again: see :func:`safe_lab.bench.processes.measure`.
+    What the folder holds of it already is not trained again.
 
     Args:
         bench: What to train.
         folder: From :func:`claim_folder`.
         command: The command line, for environment.json.
         show: As for :func:`safe_lab.bench.processes.measure`.
+
+    Raises:
+        ConfigError: The folder holds measurements of other trainings; nothing is changed then.
     """
     files = RunFolder(folder)
+    measured = find_measured(bench, folder)
     files.write("bench.yaml", yaml_core.write(bench.settings.model_dump(mode="json")))
-    measurements: list[Measurement] = []
+    measurements = list(measured.values())
     try:
-        for measurement in measure(bench, folder, show):
+        for measurement in measure(bench, folder, show, measured):
             measurements.append(measurement)
             if measurement.environment:
                 environment = dict(measurement.environment) | {"command": list(command)}

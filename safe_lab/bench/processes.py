@@ -61,35 +61,67 @@ class Measurement:
     failure: str = ""
 
 
-def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> Iterator[Measurement]:
+Turn = tuple[int, str]
+
+
+def find_measured(bench: Bench, folder: Path) -> dict[Turn, Measurement]:
+    """What of a bench has been measured already, by repetition and variant.
+
+    What failed, was cut off or altered is not among it, and is to be trained again.
+
+    Raises:
+        ConfigError: Something was measured that is not what the bench asks for.
+    """
+    measured: dict[Turn, Measurement] = {}
+    faults = []
+    for repetition, variant in _turns(bench):
+        read = _read_measurement(folder / "processes", f"{repetition}-{variant}")
+        if read is None:
+            continue
+        measured[repetition, variant], trainer, config = read
+        wanted = bench.settings.variants[variant].trainer
+        differences = [f"trainer: {trainer} there, {wanted} here"] if trainer != wanted else []
+        differences += bench.differences(variant, config, bench.config_of(variant, repetition, folder))
+        if differences:
+            faults.append(f"{variant}, repetition {repetition}: {'; '.join(differences)}")
+    if faults:
+        raise ConfigError(
+            f"{folder}: holds measurements of other trainings; give such a variant another name, or --output another folder\n"
+            + "\n".join(faults)
+        )
+    return measured
+
+
+def measure(
+    bench: Bench, folder: Path, show: Callable[[str, bool], None], measured: Mapping[Turn, Measurement] | None = None
+) -> Iterator[Measurement]:
     """Train every variant as often as the bench says: A B C A B C ...
 
     Each training writes ``runs/<variant>/seed-<n>/``; its configuration, log and figures go to
-    ``processes/<repetition>-<variant>.yaml``, ``.log`` and ``.json``, the figures as soon as it has ended. A training whose
-    figures are there, with this very configuration, is not repeated; what is left of an unfinished one is removed.
+    ``processes/<repetition>-<variant>.yaml``, ``.log`` and ``.json``, the figures as soon as it has ended. What is left of an
+    unfinished one is removed.
 
     Args:
         bench: What to train.
         folder: Where all of it goes; made if need be.
         show: Called with a line about the running process, again and again, and once more, with True, when it has ended.
+        measured: From :func:`find_measured`; not trained again.
 
     Yields:
-        A measurement as soon as it is made; after a first repetition in which all failed, no more. Closing the iterator, or
+        A new measurement as soon as it is made; after a first repetition in which all failed, no more. Closing the iterator, or
         Ctrl-C, ends the running process.
     """
     files = RunFolder(folder / "processes")
     files.path.mkdir(parents=True, exist_ok=True)
-    turns = [(repetition, variant) for repetition in range(bench.settings.repetitions) for variant in bench.configs]
+    turns, measured = _turns(bench), measured or {}
     failed = 0
     for number, (repetition, variant) in enumerate(turns, start=1):
         stem = f"{repetition}-{variant}"
         title = f"{number}/{len(turns)} {variant}, repetition {repetition}"
-        config = bench.config_of(variant, repetition, folder)
-        measured = _measured_before(bench, files.path, stem, config)
-        if measured is not None:
-            show(f"{title}: {_outcome(measured)}, measured before", True)
-            yield measured
+        if (repetition, variant) in measured:
+            show(f"{title}: {_outcome(measured[repetition, variant])}, measured before", True)
             continue
+        config = bench.config_of(variant, repetition, folder)
         (files.path / f"{stem}.json").unlink(missing_ok=True)
         if (files.path / f"{stem}.yaml").exists():
             shutil.rmtree(config.run_folder, ignore_errors=True)
@@ -112,7 +144,7 @@ def measure(bench: Bench, folder: Path, show: Callable[[str, bool], None]) -> It
             measurement = Measurement(variant, repetition, {}, (), {}, {}, failure.strip())
             outcome = "failed, " + " ".join(failure.splitlines()[:2])
         failed += bool(measurement.failure)
-        files.write(f"{stem}.json", to_json(vars(measurement)))
+        files.write(f"{stem}.json", to_json({"trainer": bench.settings.variants[variant].trainer, **vars(measurement)}))
         show(f"{title}: {outcome}", True)
         yield measurement
         if failed == number == len(bench.configs) < len(turns):
@@ -124,17 +156,23 @@ def _outcome(measurement: Measurement) -> str:
     return f"metric {measurement.figures['metric']:.4f}, {measurement.figures['wall_seconds']:.1f} s"
 
 
-def _measured_before(bench: Bench, folder: Path, stem: str, config: Config) -> Measurement | None:
-    """Figures of a training that has ended well; None if there are none, or of another configuration."""
+def _turns(bench: Bench) -> list[Turn]:
+    return [(repetition, variant) for repetition in range(bench.settings.repetitions) for variant in bench.configs]
+
+
+def _read_measurement(folder: Path, stem: str) -> tuple[Measurement, str, Config] | None:
+    """A training that has ended well: its measurement, trainer and configuration; None if it is not whole."""
     try:
-        if not bench.is_same_training(config.variant, configuration.load(folder / f"{stem}.yaml"), config):
-            return None
         answer = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-        measurement = Measurement(**answer | {"losses": tuple((step, loss) for step, loss in answer["losses"])})
-    except (ConfigError, OSError, ValueError, TypeError, KeyError):
-        # Cut off or altered: trained again.
+        trainer, losses = answer.pop("trainer"), tuple((int(step), float(loss)) for step, loss in answer.pop("losses"))
+        measurement = Measurement(**answer, losses=losses)
+        whole = tuple(measurement.figures) == FIGURES and not measurement.failure
+        # What there is no meter for is null, but these always have one.
+        for figure in ("metric", "wall_seconds", "cpu_seconds", "flops", "peak_bytes"):
+            float(measurement.figures[figure] if whole else "nan")  # type: ignore[arg-type]
+        return (measurement, trainer, configuration.load(folder / f"{stem}.yaml")) if whole else None
+    except (ConfigError, OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return None if measurement.failure or tuple(measurement.figures) != FIGURES else measurement
 
 
 @contextmanager

@@ -57,9 +57,11 @@ def print_tables(comparison: Comparison, console: Console) -> None:
         console.print(ratios)
     for name, difference in comparison.metric_differences.items():
         if difference["low"] is not None:
+            metrics = comparison.variants[name]["metric"], comparison.variants[comparison.baseline]["metric"]
+            pairs = sum(None not in pair for pair in zip(*metrics, strict=True))
             console.print(
                 f"metric of {name} less {comparison.baseline}'s: {difference['mean']:+.4f}, "
-                f"95 % interval {difference['low']:+.4f} to {difference['high']:+.4f}",
+                f"95 % interval {difference['low']:+.4f} to {difference['high']:+.4f} ({pairs} repetitions)",
                 highlight=False,
             )
     if comparison.loss_curve_difference is not None:
@@ -67,6 +69,8 @@ def print_tables(comparison: Comparison, console: Console) -> None:
             f"loss curves of {comparison.baseline} and {', '.join(comparison.same_curve)}: "
             f"largest difference {comparison.loss_curve_difference:.1e}, in {comparison.num_loss_rows} logged rows"
         )
+    for line in comparison.environment_differences:
+        console.print(f"not the same for all: {line}", markup=False, highlight=False, soft_wrap=True)
     for failure in comparison.failures:
         title = f"{failure['variant']}, repetition {failure['repetition']}: {failure['failure']}"
         console.print(title, markup=False, highlight=False, soft_wrap=True)

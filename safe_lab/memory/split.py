@@ -14,7 +14,7 @@ def split_batch(
     batch: Mapping[str, Any],
     most_rows: Callable[[int], int] | None = None,
     *,
-    part_tokens: int | None = None,
+    trim_padding: int | None = None,
     pad_to_multiple_of: int = 1,
 ) -> Iterator[tuple[dict[str, Any], float]]:
     r"""Cut a loaded batch into micro-batches, rows of like length together and without the padding they do not need.
@@ -33,7 +33,7 @@ def split_batch(
             of ``attention_mask``; without a mask no column is cut. All else goes to each part as it is.
         most_rows: ``most_rows(length)``: rows of a part whose longest row has ``length`` tokens, as
             :meth:`~safe_lab.memory.budget.Stage.rows` tells; None: any number.
-        part_tokens: What a part costs by itself, in tokens: the batch is cut wherever that spares more padding (see
+        trim_padding: What a part costs by itself, in tokens: the batch is cut wherever that spares more padding (see
             :func:`cut_rows`). None: only where ``most_rows`` says so.
         pad_to_multiple_of: Parts are cut to a multiple of so many tokens, as far as the batch reaches.
 
@@ -47,7 +47,7 @@ def split_batch(
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     padded = [min(columns, pad_to_multiple_of * -(-max(1, lengths[row]) // pad_to_multiple_of)) for row in order]
     begin = 0
-    for end in cut_rows(padded, most_rows, part_tokens=part_tokens):
+    for end in cut_rows(padded, most_rows, trim_padding=trim_padding):
         rows, length = order[begin:end], padded[begin]
         index = torch.tensor(rows, device=device) if len(rows) < len(order) else None
         # Not through a variable, which would keep the part alive while the next is worked on.
@@ -59,19 +59,19 @@ def split_batch(
 
 
 def cut_rows(
-    lengths: Sequence[int], most_rows: Callable[[int], int] | None = None, *, part_tokens: int | None = None
+    lengths: Sequence[int], most_rows: Callable[[int], int] | None = None, *, trim_padding: int | None = None
 ) -> list[int]:
     r"""Where to cut rows, the longest first, into parts.
 
     .. math:: \min_{e_1 < \dots < e_K = B} \; \sum_k \left( (e_k - e_{k-1}) \, n_{e_{k-1}} + c \right)
 
-    n_i: tokens of row i, which is the longest of the part that begins with it; c: ``part_tokens``. So each cut spares at least c
+    n_i: tokens of row i, which is the longest of the part that begins with it; c: ``trim_padding``. So each cut spares at least c
     tokens of padding. Solved from the last row to the first; of cuts that cost the same the parts are the larger ones.
 
     Args:
         lengths: Tokens of each row, in descending order.
         most_rows: Most rows of a part, by the tokens of its longest row; None: any number.
-        part_tokens: What a part costs by itself, in tokens; None: more than any padding, so that each part but the last has as
+        trim_padding: What a part costs by itself, in tokens; None: more than any padding, so that each part but the last has as
             many rows as it may.
 
     Returns:
@@ -80,7 +80,7 @@ def cut_rows(
     Raises:
         ValueError: ``most_rows`` gives less than 1.
 
-    >>> cut_rows([50, 48, 20, 19, 18, 5], part_tokens=8)
+    >>> cut_rows([50, 48, 20, 19, 18, 5], trim_padding=8)
     [2, 5, 6]
     >>> cut_rows([50, 48, 20, 19, 18, 5], lambda length: 4)
     [4, 6]
@@ -97,15 +97,15 @@ def cut_rows(
 
     # By the first row of a part: its rows, and the least that all rows from there on cost.
     best, costs = [0] * count, np.zeros(count + 1, dtype=np.int64)
-    if part_tokens is not None:
+    if trim_padding is not None:
         for first in reversed(range(count)):
             rows = np.arange(most(first), 0, -1)
             totals = rows * lengths[first] + costs[first + rows]
             least = int(totals.argmin())
-            best[first], costs[first] = int(rows[least]), totals[least] + part_tokens
+            best[first], costs[first] = int(rows[least]), totals[least] + trim_padding
     ends: list[int] = []
     while (first := ends[-1] if ends else 0) < count:
-        ends.append(first + (most(first) if part_tokens is None else best[first]))
+        ends.append(first + (most(first) if trim_padding is None else best[first]))
     return ends
 
 

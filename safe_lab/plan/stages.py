@@ -81,6 +81,7 @@ class Planner:
                 batch_rows=config.training.batch_size,
                 eval_batch_rows=config.training.eval_batch_size,
                 longest=self._longest,
+                # A batch that fits whole may be cut all the same, and then the gradients of its first parts are there.
                 accumulating=config.training.gradient_accumulation > 1 or config.savings.trim_padding is not None,
                 with_checkpointing=self._rehearse_with_checkpointing if allowed else None,
             )
