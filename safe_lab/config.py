@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from safe_lab import yaml_core
@@ -29,15 +29,16 @@ NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 
 
-def _check_bytes(size: str) -> str:
+def _check_bytes(size: Any) -> str:
     try:
-        parse_bytes(size)
+        # YAML reads 185 as a number, which lacks a unit all the same.
+        parse_bytes(str(size))
     except ValueError as error:
         raise PydanticCustomError("size", str(error)) from None
-    return size
+    return str(size)
 
 
-ByteSize = Annotated[str, AfterValidator(_check_bytes)]
+ByteSize = Annotated[str, BeforeValidator(_check_bytes)]
 
 
 def _metric_options() -> str:

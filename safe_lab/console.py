@@ -22,6 +22,9 @@ from safe_lab.freezing import Freezer, Scoring
 from safe_lab.resources import TRAINING
 from safe_lab.units import Unit
 
+# Share of padding from which a run points out what can be done about it.
+_MUCH_PADDING = 0.25
+
 
 class Console:
     """The terminal of one run."""
@@ -142,12 +145,12 @@ class Console:
         self._finish(result, folder)
 
     def _finish(self, result: Mapping[str, Any], folder: Path) -> None:
-        self._show_resources(result["resources"])
+        self._show_resources(result["resources"], result["tokens"])
         if result["unfrozen_forecast"]:
             self._show_savings(result["resources"], result["unfrozen_forecast"])
         self.say(f"files: {folder}  (adapter for PEFT: {folder / 'adapter'})")
 
-    def _show_resources(self, resources: Mapping[str, Any]) -> None:
+    def _show_resources(self, resources: Mapping[str, Any], num_tokens: int) -> None:
         memory = Table("live memory", "at the peak", "mean over the run", title="resources", title_justify="left")
         for kind, peak in resources["memory_peak_by_kind"].items():
             mean = resources["memory_mean_by_kind"][kind]
@@ -171,6 +174,9 @@ class Console:
         joules = resources["joules"]
         energy = "no energy meter" if joules is None else f"{joules:.0f} J"
         traced, scaled = resources["traced_micro_steps"], resources["scaled_micro_steps"]
+        padding = 1 - num_tokens / resources["tokens_computed"]
+        hint = "; savings.trim_padding cuts it" if padding > _MUCH_PADDING else ""
+        self.say(f"{padding:.0%} of what was computed in training is padding{hint}")
         self.say(
             f"{resources['tokens_per_second']:.0f} tokens/s; {energy}; bytes and FLOPs traced on {traced} of "
             f"{traced + scaled} micro-steps, scaled on the others"
@@ -201,8 +207,9 @@ class Console:
             )
         self.rich.print(table)
         self.say(
-            "The forecast is the part of the run before the first freeze event, carried on to the end; scoring and the making of "
-            f"the cache ({flops['scoring'] / 1e12:.3g} and {flops['cache'] / 1e12:.3g} TFLOP) are on this run's side."
+            "The forecast is the part of the run before the first freeze event, carried on to the end, at its seconds a FLOP: on "
+            "a busy machine trust the FLOPs. memory.budget and savings.trim_padding are on both sides; scoring and the making of "
+            f"the cache ({flops['scoring'] / 1e12:.3g} and {flops['cache'] / 1e12:.3g} TFLOP) are on this run's."
         )
 
 

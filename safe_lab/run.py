@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safe_lab import config as configuration
 from safe_lab.adapters import Attached, attach, build_peft_config, find_units
-from safe_lab.byte_size import parse_bytes
+from safe_lab.byte_size import format_bytes, parse_bytes
 from safe_lab.config import Config, FreezingSection, TrainingSection
 from safe_lab.config import warnings as config_warnings
 from safe_lab.console import Console
@@ -135,6 +135,13 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
     idle = parts.freezer.explain_idle()
     if idle:
         log.warning(idle)
+    if config.memory.budget is not None and result.resources["memory_peak_bytes"] > parse_bytes(config.memory.budget):
+        log.warning(
+            "memory.budget: %s was exceeded, with %s in %s; what scoring needs is not planned for",
+            config.memory.budget,
+            format_bytes(result.resources["memory_peak_bytes"]),
+            result.resources["memory_peak_in"],
+        )
     console.summarize(summary, folder.path)
     return result
 
@@ -432,7 +439,9 @@ def _announce(console: Console, config: Config, parts: Parts) -> None:
     cut = sum(data.num_truncated.values())
     kind = f"{len(data.labels)} labels" if data.labels else "regression"
     truncation = f", {cut} cut to {config.data.max_length} tokens" if cut else ""
-    console.say(f"{config.name}/{config.variant}: {data.task.name} ({examples} examples, {kind}{truncation})")
+    longest = max(max(dataset["length"]) for dataset in (data.train, *data.validation.values()))
+    size = f"{examples} examples of up to {longest} tokens, {kind}{truncation}"
+    console.say(f"{config.name}/{config.variant}: {data.task.name} ({size})")
     if data.baselines:
         console.say("baselines: " + ", ".join(f"{name} {value:.4f}" for name, value in data.baselines.items()))
     total = sum(parameter.numel() for parameter in parts.model.parameters())

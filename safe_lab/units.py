@@ -31,9 +31,9 @@ class Unit:
 
     name: str
     depth: int
-    parameters: Mapping[str, nn.Parameter]
-    site: nn.Module | None = None
-    switch_off: Callable[[], AbstractContextManager[None]] | None = None
+    parameters: Mapping[str, nn.Parameter] = field(repr=False)
+    site: nn.Module | None = field(default=None, repr=False)
+    switch_off: Callable[[], AbstractContextManager[None]] | None = field(default=None, repr=False)
     delta_weights: Callable[[], Iterator[Tensor]] | None = field(default=None, repr=False)
 
     @property

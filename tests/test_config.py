@@ -171,6 +171,7 @@ def test_an_override_without_a_value_or_through_a_value_is_refused(path):
         (["freezing.policy=budget", "freezing.normalize=max"], "no effect"),
         (["model.dtype=float16"], "epsilon"),
         (["training.early_stopping=2", "training.eval_every=never"], "no effect"),
+        (["training.batch_size=1", "savings.trim_padding=8"], "a batch of one row has no padding"),
     ],
 )
 def test_a_threshold_that_decides_nothing_warns(path, overrides, part):

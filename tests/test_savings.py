@@ -14,6 +14,7 @@ from safe_lab import config as configuration
 from safe_lab.adapters import attach
 from safe_lab.byte_size import parse_bytes
 from safe_lab.plan.stages import Planner
+from safe_lab.resources import Meter
 from safe_lab.run import run
 from safe_lab.run_folder import RunFolder
 from safe_lab.section import ConfigError
@@ -212,6 +213,15 @@ def test_trimmed_padding_changes_a_run_without_dropout_by_rounding_and_its_cost_
     for figure in ("forward", "backward"):
         assert trimmed.resources["flops_by_phase"][figure] < whole.resources["flops_by_phase"][figure]
     assert trimmed.resources["memory_mean_bytes"] < whole.resources["memory_mean_bytes"]
+    assert trimmed.tokens < trimmed.resources["tokens_computed"] < whole.resources["tokens_computed"]
+
+
+def test_a_budget_that_scoring_exceeds_is_told(tiny_tree, caplog, monkeypatch):
+    summary = Meter.summary
+    too_much = {"memory_peak_bytes": 2**30, "memory_peak_in": "scoring"}
+    monkeypatch.setattr(Meter, "summary", lambda self: summary(self) | too_much)
+    trained(tiny_tree, "exceeded", memory={"budget": "1MiB"})
+    assert "memory.budget: 1MiB was exceeded, with 1.00 GiB in scoring" in caplog.text
 
 
 @pytest.mark.parametrize("trim_padding", [1, 1000])

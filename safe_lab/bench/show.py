@@ -47,7 +47,7 @@ def print_tables(comparison: Comparison, console: Console) -> None:
     units = [f", {_SHOWN[figure][0]}" if _SHOWN[figure][0] else "" for figure in shown]
     headings = [name + unit for name, unit in zip(names, units, strict=True)]
     medians = Table("variant", *headings, title="medians", title_justify="left")
-    ratios = Table("variant", *names, title=f"ratio to {comparison.baseline}: median (range)", title_justify="left")
+    ratios = Table("variant", *names, title=f"ratio to {comparison.baseline}: median, range", title_justify="left")
     for name, values in comparison.variants.items():
         medians.add_row(name, *(_write(figure, _median(values[figure])) for figure in shown))
         if name != comparison.baseline:
@@ -84,7 +84,9 @@ def _write(figure: str, value: float | None) -> str:
 def _write_ratio(ratio: Spread) -> str:
     if ratio["median"] is None:
         return "-"
-    return f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})"
+    # On a line of its own: a dozen figures stand side by side.
+    spread = "" if ratio["min"] == ratio["max"] else f"\n{ratio['min']:.3f}-{ratio['max']:.3f}"
+    return f"{ratio['median']:.3f}{spread}"
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -103,7 +103,7 @@ def plan(config: Config) -> Plan:
         },
         rows=tuple(_row(subject, depth, figures[depth], depth in measured) for depth in range(len(units) + 1)),
         stages=plan_stages(config, num_units=len(units), num_labels=subject.num_labels),
-        notes=(*subject.notes, _describe(len(measured), len(units) + 1, period), NOT_INCLUDED),
+        notes=(*subject.notes, *_note_padding(config), _describe(len(measured), len(units) + 1, period), NOT_INCLUDED),
     )
 
 
@@ -131,6 +131,12 @@ def _row(subject: Subject, depth: int, figures: Figures, measured: bool) -> Row:
         checkpoint_bytes=subject.checkpoint_weight_bytes + figures["optimizer_bytes"],
         measured=measured,
     )
+
+
+def _note_padding(config: Config) -> tuple[str, ...]:
+    if config.savings.trim_padding is None:
+        return ()
+    return ("savings.trim_padding spares padding, of which a planned step has none: every row is full.",)
 
 
 def _describe(num_measured: int, num_depths: int, period: int | None) -> str:

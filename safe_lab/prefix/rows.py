@@ -18,9 +18,10 @@ def make_keys(inputs: Batch) -> list[bytes]:
     """The identity of each row: a hash of its content without padding, which must be on the right.
 
     Args:
-        inputs: Tensors (B, T) that the model takes; labels must not be among them.
+        inputs: A batch; its tensors (B, T) count, but for the mask, and its labels (B,) do not.
     """
-    arrays = [(name.encode(), inputs[name].cpu().numpy()) for name in sorted(inputs) if name != "attention_mask"]
+    names = [name for name in sorted(inputs) if name != "attention_mask" and inputs[name].dim() > 1]
+    arrays = [(name.encode(), inputs[name].cpu().numpy()) for name in names]
     keys = []
     for row, tokens in enumerate(count_tokens(inputs)):
         digest = hashlib.blake2b(digest_size=16)

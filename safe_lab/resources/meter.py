@@ -182,7 +182,7 @@ class Meter:
         """Something froze, or else changed what a step or an evaluation costs: trace anew."""
         if self._unfrozen is None and self._visits:
             self._unfrozen = self._look_back()
-        self._passed.update({shape: count for (kind, shape), count in self._visits.items() if kind == "training"})
+        self._passed = self._trained_shapes()
         self._flops = self._flops_so_far()
         self._visits.clear()
         self._traces.clear()
@@ -201,9 +201,7 @@ class Meter:
         if before is None:
             return None
         estimate = fit_flops({tuple(shape): flops for shape, flops in before["traced"]})
-        passed = Counter(self._passed)
-        passed.update({shape: count for (kind, shape), count in self._visits.items() if kind == "training"})
-        training = sum(count * sum(estimate(shape).values()) for shape, count in passed.items())
+        training = sum(count * sum(estimate(shape).values()) for shape, count in self._trained_shapes().items())
         if before["evaluations"]:
             evaluations = self._num_evaluations / before["evaluations"]
             flops, seconds = evaluations * before["evaluation_flops"], evaluations * before["evaluation_seconds"]
@@ -216,6 +214,12 @@ class Meter:
             "activations_mean_bytes": before["activations_mean_bytes"],
             "memory_peak_bytes": before["memory_peak_bytes"],
         }
+
+    def _trained_shapes(self) -> Counter[Shape]:
+        """How often micro-steps of each shape came by, over the run."""
+        passed = Counter(self._passed)
+        passed.update({shape: count for (kind, shape), count in self._visits.items() if kind == "training"})
+        return passed
 
     def _look_back(self) -> dict[str, Any]:
         """What the part of the run before the first freeze event has cost: plain values."""
@@ -279,6 +283,7 @@ class Meter:
                 kind: self._mean(value, self._span_seconds) for kind, value in self._byte_seconds.items()
             },
             "memory_mean_step_peak_bytes": self._mean(self._step_peak_byte_seconds, self._step_seconds),
+            "tokens_computed": sum(rows * length * count for (rows, length), count in self._trained_shapes().items()),
             "traced_micro_steps": self._num_micro_steps["traced"],
             "scaled_micro_steps": self._num_micro_steps["scaled"],
             **self._process_peaks(),
