@@ -88,7 +88,8 @@ def test_every_bench_shipped_loads_and_compares_with_transformers(shipped):
     bench = load(shipped)
     assert bench.settings.name == shipped.stem
     assert bench.settings.variants[bench.baseline].trainer == "transformers"
-    assert [name for name in bench.configs if bench.repeats_baseline(name)] == ["trainer", "none"]
+    plain = [name for name in bench.configs if bench.repeats_baseline(name)]
+    assert plain == [name for name in ("trainer", "none") if name in bench.configs]
     assert not any(configuration.warnings(config) for config in bench.configs.values())
 
 
