@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,10 @@ def attach(model: nn.Module, config: PeftConfig) -> Attached:
         {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     )
     try:
-        attached = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT (0.21) asks for it by a name that transformers (5.23) is about to give up.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            attached = get_peft_model(model, config)
     except Exception as error:
         if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
             # A regular expression that is none, an option of the wrong kind, a method that wants more than a config.
