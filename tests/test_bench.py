@@ -382,7 +382,7 @@ def test_a_measured_variant_cannot_be_changed_and_nothing_is_lost(finished, tmp_
     assert sorted(folder.rglob("*")) == files
 
 
-@pytest.mark.parametrize("damage", [{"metric": None}, {"wall_seconds": "fast"}, None])
+@pytest.mark.parametrize("damage", [{"metric": None}, {"wall_seconds": "1.5"}, {"joules": "none"}, None])
 def test_what_was_measured_is_found_but_not_what_was_altered(damage, finished, tmp_path):
     shutil.copytree(finished[2], tmp_path / "moved")
     bench = load(tmp_path / "moved" / "bench.yaml")

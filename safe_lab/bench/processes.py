@@ -35,6 +35,7 @@ FIGURES = (
     "joules",
     "train_loss",
 )
+_ALWAYS_MEASURED = ("metric", "wall_seconds", "cpu_seconds", "flops", "peak_bytes")
 _LAST_LINES = 8
 
 
@@ -166,13 +167,17 @@ def _read_measurement(folder: Path, stem: str) -> tuple[Measurement, str, Config
         answer = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
         trainer, losses = answer.pop("trainer"), tuple((int(step), float(loss)) for step, loss in answer.pop("losses"))
         measurement = Measurement(**answer, losses=losses)
-        whole = tuple(measurement.figures) == FIGURES and not measurement.failure
-        # What there is no meter for is null, but these always have one.
-        for figure in ("metric", "wall_seconds", "cpu_seconds", "flops", "peak_bytes"):
-            float(measurement.figures[figure] if whole else "nan")  # type: ignore[arg-type]
+        whole = not measurement.failure and _has_figures(measurement.figures)
         return (measurement, trainer, configuration.load(folder / f"{stem}.yaml")) if whole else None
     except (ConfigError, OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _has_figures(figures: Mapping[str, object]) -> bool:
+    """Whether all are there as they were written: numbers, and null at most where there may be no such meter."""
+    unmeasured = {figure for figure, value in figures.items() if value is None}
+    numbers = all(isinstance(value, int | float) for value in figures.values() if value is not None)
+    return tuple(figures) == FIGURES and numbers and unmeasured.isdisjoint(_ALWAYS_MEASURED)
 
 
 @contextmanager
