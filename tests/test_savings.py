@@ -53,6 +53,37 @@ def test_a_run_with_the_cache_has_the_bits_of_one_without(family_tree):
     assert not (folder / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("metric", "options", "savings"),
+    [
+        ("cka", {}, {"cache": False}),
+        ("cka", {}, {"cache_limit": "6KiB"}),
+        ("cka", {}, {}),
+        ("cka", {"pooling": "first"}, {"cache": False}),
+        ("cka", {"reference": "without_adapter"}, {"cache": False}),
+        ("contribution", {}, {"cache": False}),
+        ("fisher", {}, {"cache": False}),
+    ],
+)
+def test_scores_are_the_same_whether_frozen_layers_run_are_skipped_or_read(
+    metric, options, savings, tiny_tree, tmp_path
+):
+    """Two scorings after the first freeze event: what is scored runs above a prefix."""
+    folder = save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    tiny_tree["model"] = {"path": str(folder)}
+    freezing = {"metric": metric, "metric_options": options, "interval": 4, "final": 2}
+
+    def scores(variant, **sections):
+        _, _, run_folder = trained(tiny_tree, variant, freezing=freezing, **sections)
+        events = RunFolder(run_folder).rows("events.jsonl")
+        return [row["score"] for row in RunFolder(run_folder).rows("importance.jsonl")], events[0]["scoring"]
+
+    plain, first_event = scores("plain", savings={"fold": False, "prefix": False})
+    skipped, _ = scores("skipped", savings=savings | {"fold": False})
+    assert first_event < 4
+    assert skipped == pytest.approx(plain, rel=1e-3, abs=1e-6)
+
+
 def test_savings_change_a_run_without_dropout_by_rounding_alone(tiny_tree, tmp_path):
     folder = save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     tiny_tree["model"] = {"path": str(folder)}

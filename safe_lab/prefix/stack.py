@@ -129,20 +129,20 @@ class Stack:
         Returns:
             (B, T, D).
         """
-        reached: list[Tensor] = []
-        hook = self.layers[stop - 1].register_forward_hook(
-            lambda module, args, output: reached.append(first_tensor(output))
-        )
+
+        def reach(module: nn.Module, args: Any, output: Any) -> None:
+            raise _ReachedError(first_tensor(output))
+
+        # What is above must not be called, even to do nothing: who reads activations there would take it for a pass of the model.
+        hook = self.layers[stop - 1].register_forward_hook(reach)
         try:
-            with (
-                _evaluating(self.backbone),
-                self.giving(range(start), lambda: hidden),  # type: ignore[arg-type, return-value]
-                self.giving(range(stop, len(self.layers)), lambda: reached[0]),
-            ):
+            with _evaluating(self.backbone), self.giving(range(start), lambda: hidden):  # type: ignore[arg-type, return-value]
                 self.backbone(**inputs)
+        except _ReachedError as reached:
+            return reached.hidden
         finally:
             hook.remove()
-        return reached[0]
+        raise RuntimeError(f"layer {stop - 1} was not reached")
 
     @contextmanager
     def giving(self, indices: range, give: Give) -> Iterator[None]:
@@ -163,6 +163,14 @@ class Stack:
     def _give(self, index: int, give: Give, *_: Any, **__: Any) -> Any:
         rest = self._rest[index]
         return give() if rest is None else (give(), *rest)
+
+
+class _ReachedError(Exception):
+    """Ends a pass of the backbone where nothing more is wanted of it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("reached")
+        self.hidden = hidden
 
 
 def first_tensor(output: Any) -> Tensor:
