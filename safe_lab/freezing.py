@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from safe_lab.importance import METRICS
-from safe_lab.importance.probe import Batch, LossFunction, Probe, undisturbed
+from safe_lab.importance.probe import Batch, LossFunction, Probe, share_of, undisturbed
 from safe_lab.importance.update_norm import Initial
 from safe_lab.policy import POLICIES, PredictedSavings, State, frozen_depth, importance_shares, normalize
+from safe_lab.processes import ALONE, Processes
 from safe_lab.schedule import CURVES, is_settled, threshold
 from safe_lab.suggest import did_you_mean
 from safe_lab.units import Unit
@@ -138,6 +139,7 @@ class Freezer:
         seed: int = 0,
         savings: PredictedSavings | None = None,
         reference_is_current: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         """Take the model as it stands before training; the metric may run the probe once, to keep its reference.
 
@@ -145,12 +147,15 @@ class Freezer:
             model: The model.
             units: Its adapters, in the order of execution.
             optimizer: The optimizer that trains them (Accelerate's wrapper will do).
-            batches: The probe: fixed examples of the training split, as mappings of tensors on the model's device.
+            batches: The probe: fixed examples of the training split, as mappings of tensors on the model's device; the same ones
+                on each process.
             loss_function: ``loss_function(model, batch)`` gives the mean loss of a batch.
             rule: What freezes when.
             seed: For policies and metrics that draw.
             savings: What freezing saves, for policy ``budget``; None: 20 a unit in the frozen run from the input, 1 elsewhere.
             reference_is_current: The model as it stands is the pre-trained function, and switching adapters off is not.
+            processes: Those that train copies of this model together, each with a Freezer of its own. They share the work of
+                scoring, process 0 decides, and all freeze the same at the same call of :meth:`step`.
 
         Raises:
             ValueError: No units, savings of another number of units, or a metric that must switch single units off where
@@ -185,6 +190,8 @@ class Freezer:
         self._warmup_end = rule.warmup if isinstance(rule.warmup, int) else None
         self._memory: dict[str, Any] = {}
         self._reference_is_current = reference_is_current
+        self._processes = processes
+        self._shares = [share_of(batch, processes) for batch in batches]
         self._reference = None
         with undisturbed(model):
             self._start = METRICS["update_norm"].prepare(self._probe(self.units, None))
@@ -271,16 +278,18 @@ class Freezer:
             self._warmup_end = self._t if is_settled(previous, self._scores, share=self.rule.stable_share) else None
         normalized = None if self._scores is None else normalize(self._scores, self.rule.normalize)
         warm = self._warmup_end is not None and self._t >= self._warmup_end
-        froze = self._policy.select(
-            State(
-                scores=normalized or [],
-                level=self.level or 0.0,
-                frozen=self._frozen,
-                num_units=len(self.units),
-                warm=warm,
-                seed=self._seed,
-                savings=self._savings,
-                final_level=self._final_level,
+        froze = self._processes.broadcast(
+            self._policy.select(
+                State(
+                    scores=normalized or [],
+                    level=self.level or 0.0,
+                    frozen=self._frozen,
+                    num_units=len(self.units),
+                    warm=warm,
+                    seed=self._seed,
+                    savings=self._savings,
+                    final_level=self._final_level,
+                )
             )
         )
         self._warn_of_odd_threshold(normalized, froze)
@@ -374,6 +383,8 @@ class Freezer:
             with undisturbed(self.model):
                 for i, score in zip(live, self._metric.score(probe, **self.rule.metric_options), strict=True):
                     scores[i] = score
+        # To the bit: the warm-up and the threshold that all of them keep hang on it.
+        scores = self._processes.broadcast(scores)
         for i in live:
             if not math.isfinite(scores[i]):
                 raise FloatingPointError(
@@ -385,7 +396,7 @@ class Freezer:
         return Probe(
             model=self.model,
             units=units,
-            batches=self._batches,
+            batches=self._shares,
             loss_function=self._loss_function,
             optimizer=self._optimizer,
             seed=self._seed,
@@ -393,6 +404,7 @@ class Freezer:
             reference=reference,
             memory=self._memory,
             reference_is_current=self._reference_is_current,
+            processes=self._processes,
         )
 
     def _freeze(self, indices: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "safe_lab"
 
 # A module may import what stands before it, or beside it in the same row.
 LAYERS = [
-    {"byte_size", "suggest", "shapes", "yaml_core", "rng", "section", "units"},
+    {"byte_size", "suggest", "shapes", "yaml_core", "rng", "section", "units", "processes"},
     {"schedule", "policy", "importance", "data"},
     {"config"},
     {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation", "memory"},
@@ -24,7 +24,7 @@ LAYERS = [
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # The paper's part works without configuration, trainer or tracker.
-PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest"}
+PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest", "processes"}
 ONLY_IN = {"accelerate": {"trainer", "run", "tracking", "evaluation"}, "wandb": {"tracking"}, "peft": {"adapters"}}
 
 

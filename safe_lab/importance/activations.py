@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from safe_lab.importance.probe import Batch, Probe
+from safe_lab.importance.probe import Batch, Probe, count_examples
 
 Reader = Callable[[nn.Module, Tensor, Callable[[], Tensor]], None]
 MIB = 2**20
@@ -101,7 +101,7 @@ def read_sites(probe: Probe, *, pooling: str, read: Reader) -> None:
     with ExitStack() as hooks, torch.no_grad():
         for site in dict.fromkeys(unit.site for unit in probe.units if unit.site is not None):
             hooks.callback(site.register_forward_hook(hook, with_kwargs=True).remove)
-        for batch in probe.batches:
+        for batch in filter(count_examples, probe.batches):
             probe.loss_function(probe.model, batch)
 
 

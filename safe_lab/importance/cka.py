@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from safe_lab.importance.activations import Reference, read_sites
 from safe_lab.importance.hsic import Moments
 from safe_lab.importance.probe import Probe
+from safe_lab.processes import Processes
 from safe_lab.units import Unit, switched_off
 
 
@@ -49,6 +50,12 @@ class Comparison:
         if self._self_hsic_y is None:
             self._yy.add(y_ND, y_ND)
         self._identical = self._identical and torch.equal(x_ND, y_ND)
+
+    def sum_over(self, processes: Processes) -> None:
+        """Take in the rows of all processes, all of which have to call this."""
+        for moments in (self._xx, self._xy, self._yy):
+            moments.sum_over(processes)
+        self._identical = not processes.any(not self._identical)
 
     def importance(self, unit: Unit) -> float:
         r"""Score of what came by, :math:`1 - \mathrm{HSIC}(X, Y) / \sqrt{\mathrm{HSIC}(X, X)\,\mathrm{HSIC}(Y, Y)}`.
@@ -107,6 +114,8 @@ def prepare(
     with nullcontext() if probe.reference_is_current else switched_off(probe.units):
         read_sites(probe, pooling=pooling, read=store)
     stored.check_written()
+    for m in moments.values():
+        m.sum_over(probe.processes)
     stored.self_hsic = {site: m.self_hsic(hsic) for site, m in moments.items() if site is not None and m.num_rows}
     return stored
 
@@ -162,6 +171,8 @@ def score(probe: Probe, *, pooling: str = "tokens", hsic: str = "biased", refere
             raise RuntimeError(
                 f"a site ran {num_calls} times, {stored.num_blocks(site)} in the reference: the probe changed"
             )
+    for comparison in comparisons.values():
+        comparison.sum_over(probe.processes)
     return [comparisons[unit.site].importance(unit) for unit in probe.units]
 
 
@@ -176,4 +187,6 @@ def _compare_without_adapter(probe: Probe, *, pooling: str, hsic: str) -> list[f
                 comparison.add(x_ND, y_ND)
 
     read_sites(probe, pooling=pooling, read=compare)
+    for _, comparison in comparisons:
+        comparison.sum_over(probe.processes)
     return [comparison.importance(unit) for unit, comparison in comparisons]

@@ -46,7 +46,7 @@ def score(probe: Probe, *, source: str = "probe", weighted: bool = False) -> lis
             / unit.num_parameters
             for unit in probe.units
         ]
-    num_examples = sum(map(count_examples, probe.batches))
+    num_examples = probe.count_examples()
     with differentiable(probe.units) as parameters:
         totals = {parameter: torch.zeros((), device=parameter.device) for parameter in parameters}
         for batch in probe.batches:
@@ -54,8 +54,10 @@ def score(probe: Probe, *, source: str = "probe", weighted: bool = False) -> lis
                 example = {name: tensor[i : i + 1] for name, tensor in batch.items()}
                 for parameter, gradient in zip(parameters, batch_gradients(probe, parameters, example), strict=True):
                     totals[parameter] = totals[parameter] + _total(gradient.square(), parameter, weighted=weighted)
+    summed = probe.processes.sum(torch.stack(list(totals.values()))).tolist()
+    by_parameter = dict(zip(totals, summed, strict=True))
     return [
-        sum(totals[parameter].item() for parameter in unit.parameters.values()) / (num_examples * unit.num_parameters)
+        sum(by_parameter[parameter] for parameter in unit.parameters.values()) / (num_examples * unit.num_parameters)
         for unit in probe.units
     ]
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from safe_lab.processes import Processes
+
 
 class Moments:
     r"""One-pass sums over the rows of a pair X (N x D), Y (N x E), and its HSIC with linear kernels.
@@ -27,11 +29,7 @@ class Moments:
         x, y = _as_float64(x_ND), _as_float64(y_NE)
         if self.num_rows == 0:
             self._resolution = max(torch.finfo(x_ND.dtype).eps, 16 * torch.finfo(torch.float64).eps)
-            self._shift_x, self._shift_y = x.mean(0), y.mean(0)
-            self._sum_x, self._sum_y = torch.zeros_like(x[0]), torch.zeros_like(y[0])
-            self._sum_xb, self._sum_ay = torch.zeros_like(x[0]), torch.zeros_like(y[0])
-            self._sum_a, self._sum_b, self._sum_ab = x.new_zeros(()), x.new_zeros(()), x.new_zeros(())
-            self._S_DE = x.new_zeros(x.shape[1], y.shape[1])
+            self._begin(x.mean(0), y.mean(0))
         x, y = x - self._shift_x, y - self._shift_y
         a_N, b_N = x.square().sum(1), y.square().sum(1)
         self._S_DE.addmm_(x.T, y)
@@ -43,6 +41,59 @@ class Moments:
         self._sum_b += b_N.sum()
         self._sum_ab += a_N @ b_N
         self.num_rows += len(x)
+
+    def sum_over(self, processes: Processes) -> None:
+        r"""Take in the rows of all processes; each has their sums afterwards.
+
+        Each has shifted its rows by a mean of its own. With :math:`d` and :math:`e` from the common shifts, means of those,
+        to its own, its sums become those of :math:`x_i + d` and :math:`y_i + e`, and are added up.
+
+        Args:
+            processes: All of them have to call this.
+        """
+        if processes.count == 1:
+            return
+        mine = (self.num_rows, self._resolution, self._S_DE.shape) if self.num_rows else (0, 0.0, None)
+        counts, resolutions, shapes = zip(*processes.gather(mine), strict=True)
+        num_rows = sum(counts)
+        if not num_rows:
+            return
+        if not self.num_rows:
+            shape = next(shape for shape in shapes if shape is not None)
+            self._begin(*(torch.zeros(n, dtype=torch.float64, device=processes.device) for n in shape))
+        share = self.num_rows / num_rows
+        self._shift(processes.sum(share * self._shift_x), processes.sum(share * self._shift_y))
+        for name in ("_S_DE", "_sum_x", "_sum_y", "_sum_xb", "_sum_ay", "_sum_a", "_sum_b", "_sum_ab"):
+            setattr(self, name, processes.sum(getattr(self, name)))
+        self.num_rows, self._resolution = num_rows, max(resolutions)
+
+    def _begin(self, shift_x: Tensor, shift_y: Tensor) -> None:
+        """No rows yet."""
+        self._shift_x, self._shift_y = shift_x, shift_y
+        self._sum_x, self._sum_xb = torch.zeros_like(shift_x), torch.zeros_like(shift_x)
+        self._sum_y, self._sum_ay = torch.zeros_like(shift_y), torch.zeros_like(shift_y)
+        self._sum_a, self._sum_b, self._sum_ab = (shift_x.new_zeros(()) for _ in range(3))
+        self._S_DE = shift_x.new_zeros(len(shift_x), len(shift_y))
+
+    def _shift(self, shift_x: Tensor, shift_y: Tensor) -> None:
+        """Shift the rows so far by other vectors."""
+        n, d, e = self.num_rows, self._shift_x - shift_x, self._shift_y - shift_y
+        s_x, s_y, S_DE, dd, ee = self._sum_x, self._sum_y, self._S_DE, d @ d, e @ e
+        sum_a, sum_b = self._sum_a + 2 * d @ s_x + n * dd, self._sum_b + 2 * e @ s_y + n * ee
+        self._sum_ab = (
+            self._sum_ab
+            + 2 * e @ self._sum_ay
+            + ee * self._sum_a
+            + 2 * d @ self._sum_xb
+            + 4 * d @ S_DE @ e
+            + 2 * ee * (d @ s_x)
+            + dd * sum_b
+        )
+        self._sum_xb = self._sum_xb + 2 * S_DE @ e + ee * s_x + d * sum_b
+        self._sum_ay = self._sum_ay + 2 * S_DE.T @ d + dd * s_y + e * sum_a
+        self._S_DE = S_DE + torch.outer(s_x, e) + torch.outer(d, s_y) + n * torch.outer(d, e)
+        self._sum_x, self._sum_y, self._sum_a, self._sum_b = s_x + n * d, s_y + n * e, sum_a, sum_b
+        self._shift_x, self._shift_y = shift_x, shift_y
 
     def hsic(self, estimator: str) -> float:
         """HSIC(X, Y) by the estimator of that name, ``biased`` or ``debiased``."""

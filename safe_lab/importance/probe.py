@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from safe_lab.processes import ALONE, Processes
 from safe_lab.units import Unit
 
 Batch = Mapping[str, Tensor]
@@ -37,6 +38,8 @@ class Probe:
             adapters off is not: PiSSA and others that change the base weights on attaching. Read by ``prepare`` only.
         memory: The metric's own state from one scoring to the next: tensors and plain values by name. It is saved
             with the freezing state.
+        processes: Who computes it together: each has its share of every batch's examples (:func:`share_of`), perhaps none
+            of some, and sums over examples are summed over the processes.
 
     Raises:
         ValueError: There is no batch.
@@ -52,15 +55,25 @@ class Probe:
     reference: Any = None
     reference_is_current: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         if not self.batches:
             raise ValueError("the probe has no batches: give it at least one example of the training split")
 
+    def count_examples(self) -> int:
+        """Number of examples in the whole probe."""
+        return int(self.processes.sum(torch.tensor(sum(map(count_examples, self.batches)))))
+
 
 def count_examples(batch: Batch) -> int:
     """Number of examples in a batch."""
     return len(next(iter(batch.values())))
+
+
+def share_of(batch: Batch, processes: Processes) -> Batch:
+    """The examples of a batch that fall to this process: every ``processes.count``-th."""
+    return {name: tensor[processes.rank :: processes.count] for name, tensor in batch.items()}
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -73,8 +86,9 @@ def mean_loss(probe: Probe) -> float:
     total = 0.0
     with torch.no_grad():
         for batch in probe.batches:
-            total += count_examples(batch) * probe.loss_function(probe.model, batch).item()
-    return total / sum(map(count_examples, probe.batches))
+            if count_examples(batch):
+                total += count_examples(batch) * probe.loss_function(probe.model, batch).item()
+    return float(probe.processes.sum(torch.tensor(total, dtype=torch.float64))) / probe.count_examples()
 
 
 @contextmanager
@@ -100,12 +114,15 @@ def batch_gradients(probe: Probe, parameters: Sequence[nn.Parameter], batch: Bat
 
     Args:
         probe: Where model and loss come from.
-        parameters: What to differentiate by; those the loss does not depend on get zeros.
+        parameters: What to differentiate by; those the loss does not depend on get zeros, and so do all where ``batch`` is
+            empty.
         batch: One batch, not necessarily one of the probe's.
 
     Raises:
         ValueError: The loss has no graph.
     """
+    if not count_examples(batch):
+        return [torch.zeros_like(widened(parameter.detach())) for parameter in parameters]
     with torch.enable_grad():
         loss = probe.loss_function(probe.model, batch)
         if not loss.requires_grad:
@@ -126,13 +143,13 @@ def probe_gradients(probe: Probe) -> list[dict[str, Tensor]]:
     Returns:
         For each of ``probe.units``, parameter name -> gradient, shaped as the parameter.
     """
-    num_examples = sum(map(count_examples, probe.batches))
+    num_examples = probe.count_examples()
     with differentiable(probe.units) as parameters:
         totals = [torch.zeros_like(widened(parameter.detach())) for parameter in parameters]
         for batch in probe.batches:
             for total, gradient in zip(totals, batch_gradients(probe, parameters, batch), strict=True):
                 total.add_(gradient, alpha=count_examples(batch) / num_examples)
-    by_parameter = dict(zip(parameters, totals, strict=True))
+    by_parameter = dict(zip(parameters, map(probe.processes.sum, totals), strict=True))
     return [{name: by_parameter[parameter] for name, parameter in unit.parameters.items()} for unit in probe.units]
 
 

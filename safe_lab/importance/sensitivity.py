@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
-from safe_lab.importance.probe import Probe, batch_gradients, differentiable, probe_gradients, widened
+from safe_lab.importance.probe import Probe, batch_gradients, count_examples, differentiable, probe_gradients, widened
 
 
 def score(probe: Probe, *, smoothing: bool = False, beta1: float = 0.85, beta2: float = 0.85) -> list[float]:
@@ -53,7 +53,11 @@ def _smoothed(probe: Probe, *, beta1: float, beta2: float) -> list[float]:
     names = _names(probe)
     with differentiable(probe.units) as parameters:
         for batch in probe.batches:
-            for parameter, gradient in zip(parameters, batch_gradients(probe, parameters, batch), strict=True):
+            # The averages go from batch to batch, so that each is summed by itself.
+            num_here = torch.tensor(count_examples(batch))
+            weight = int(num_here) / int(probe.processes.sum(num_here))
+            for parameter, part in zip(parameters, batch_gradients(probe, parameters, batch), strict=True):
+                gradient = part if probe.processes.count == 1 else probe.processes.sum(part * weight)
                 sensitivity = (widened(parameter.detach()) * gradient).abs()
                 importance = _average(probe, f"importance/{names[parameter]}", sensitivity, decay=beta1)
                 _average(probe, f"uncertainty/{names[parameter]}", (sensitivity - importance).abs(), decay=beta2)

@@ -10,9 +10,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from parallel import in_processes
 
 from safe_lab.importance import METRICS
-from safe_lab.importance.probe import Probe, undisturbed
+from safe_lab.importance.probe import Probe, share_of, undisturbed
 
 
 def all_variants():
@@ -157,3 +158,22 @@ def test_value_that_is_not_allowed_is_answered_with_those_that_are(bare):
         METRICS["cka"].prepare(bare.probe(), pooling="cls")
     with pytest.raises(ValueError, match=r"beta1: must lie between 0.0 and 1.0, got 1"):
         METRICS["sensitivity"].score(bare.probe(), smoothing=True, beta1=1)
+
+
+@every_metric
+def test_processes_together_score_as_one_does(case, name, options):
+    """Batches of 3 and 2, or 5 and 3 examples, so that of four processes some have none."""
+
+    def score_together(processes):
+        shares = {"batches": [share_of(batch, processes) for batch in case.batches], "processes": processes}
+        with undisturbed(case.model):
+            reference = METRICS[name].prepare(case.probe(**shares), **options)
+        case.train()
+        return score(case.probe(**shares, reference=reference, scoring=1), name, options)
+
+    scores = in_processes(score_together, count=4)
+    assert scores[1:] == scores[:-1]
+    # Only now, as each of them was forked with an untrained case.
+    alone = score(trained_probe(case, name, options), name, options)
+    # A rise of the loss is no more exact than the loss.
+    assert scores[0] == pytest.approx(alone, rel=1e-6, abs=1e-6 if name == "contribution" else 1e-12)

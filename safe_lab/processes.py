@@ -1,0 +1,109 @@
+"""The processes of one training: which of them this is, and what they tell each other.
+
+It knows torch.distributed and nothing of who started the processes. What a process on its own asks of the others comes back as
+it is, so that the same code runs on one and on many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train one model, as one of them sees them.
+
+    What exchanges something (:meth:`sum`, :meth:`broadcast`, :meth:`gather`, :meth:`any`, :meth:`wait`) must be called by all of
+    them, in the same order.
+
+    Attributes:
+        rank: Number of this process, from 0; process 0 writes, draws and decides.
+        count: How many there are.
+        device: Where tensors must lie to be exchanged; None: anywhere.
+        group: Through which they talk; None: all processes of the job.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device | None = None
+    group: Any = None
+
+    @classmethod
+    def of_job(cls, device: torch.device) -> Self:
+        """Those of the default group of torch.distributed; this one alone where that was not set up.
+
+        Args:
+            device: The device of this process: NCCL exchanges what lies on it, and nothing else.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), None if device.type == "cpu" else device)
+
+    def on_node(self, local_rank: int) -> Processes:
+        """Those on this machine, which share its disk.
+
+        Args:
+            local_rank: Number of this process on its machine.
+        """
+        if self.count == 1:
+            return self
+        node = self.rank - local_rank
+        nodes = self.gather(node)
+        ours = None
+        # Every process has to take part in the making of every group, in the same order.
+        for first in sorted(set(nodes)):
+            members = [rank for rank, its_node in enumerate(nodes) if its_node == first]
+            group = dist.new_group(members)
+            if first == node:
+                ours = Processes(members.index(self.rank), len(members), self.device, group)
+        assert ours is not None
+        return ours
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is process 0."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, the same bits on each; shape, dtype and device as given."""
+        if self.count == 1:
+            return tensor
+        total = tensor.detach().to(self.device or tensor.device, copy=True).contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total.to(tensor.device)
+
+    def broadcast(self, value: Value) -> Value:
+        """What process 0 gave: anything that can be pickled."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group_src=0, group=self.group, device=self.device)
+        return values[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """What each process gave, by rank: anything that can be pickled."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on at least one process."""
+        if self.count == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.any(False)
+
+
+ALONE = Processes()
