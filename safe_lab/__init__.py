@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from safe_lab.importance import METRICS
     from safe_lab.memory import Ledger, Trace, split_batch
     from safe_lab.prefix import ActivationCache, Prefix
+    from safe_lab.processes import Processes
+    from safe_lab.replicas import Replicas
     from safe_lab.section import ConfigError
     from safe_lab.units import Unit
 
@@ -31,6 +33,8 @@ _HOME = {
     "FreezingRule": "freezing",
     "Scoring": "freezing",
     "METRICS": "importance",
+    "Processes": "processes",
+    "Replicas": "replicas",
     "Ledger": "memory",
     "Trace": "memory",
     "split_batch": "memory",
@@ -46,6 +50,8 @@ __all__ = [
     "FreezingRule",
     "Ledger",
     "Prefix",
+    "Processes",
+    "Replicas",
     "Scoring",
     "Trace",
     "Unit",

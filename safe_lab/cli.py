@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+_SECONDS_FOR_PROCESS_0 = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,11 +94,14 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
-    from safe_lab import run_folder
+    from safe_lab import launch, run_folder
     from safe_lab.section import ConfigError
 
     try:
-        run_folder.check(config, resume=resume, overwrite=overwrite)
+        launch.check()
+        # Of several processes the first one looks, later, as only it may have the folder.
+        if not launch.is_one_of_several():
+            run_folder.check(config, resume=resume, overwrite=overwrite)
     except run_folder.AlreadyFinishedError as finished:
         print(finished, file=sys.stderr)
         return 0 if resume else BAD_INPUT
@@ -104,25 +109,42 @@ def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
         return _refuse(error)
     _quiet_libraries()
     from safe_lab.console import Console, log_to
+    from safe_lab.memory import is_out_of_memory
+    from safe_lab.processes import is_connection_lost
     from safe_lab.run import run
 
-    console = Console(quiet=quiet)
+    console = Console(quiet=quiet or launch.rank() > 0)
     log_to(console)
+    goes_on = f"--resume goes on from the last checkpoint in {config.run_folder}"
     try:
         run(config, resume=resume, overwrite=overwrite, console=console)
+    except run_folder.AlreadyFinishedError as finished:
+        _tell(finished)
+        return 0 if resume else BAD_INPUT
     except ConfigError as error:
         return _refuse(error)
     except FloatingPointError as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        _tell(f"stopped: {error}")
         return 1
     except OSError as error:
-        print(
-            f"stopped: {error}; once that is mended, --resume goes on from the last checkpoint in {config.run_folder}",
-            file=sys.stderr,
-        )
+        _tell(f"stopped: {error}; once that is mended, {goes_on}", of_this_process=True)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if is_connection_lost(error):
+            _tell(
+                f"stopped: another process of this job has ended, and the others with it; {goes_on}",
+                of_this_process=True,
+            )
+        elif is_out_of_memory(error):
+            _tell(
+                f"stopped: memory ran out ({error}); set memory.budget or a smaller batch; {goes_on}",
+                of_this_process=True,
+            )
+        else:
+            raise
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; --resume goes on from the last checkpoint in {config.run_folder}", file=sys.stderr)
+        _tell(f"interrupted; {goes_on}")
         return INTERRUPTED
     return 0
 
@@ -301,6 +323,19 @@ def _wide_console() -> Console:
 
 
 def _refuse(error: object) -> int:
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    _tell("\n".join(f"error: {line}" for line in str(error).splitlines()))
     return BAD_INPUT
+
+
+def _tell(message: object, *, of_this_process: bool = False) -> None:
+    """Print what went wrong, for all processes of a job alike unless it is of this one."""
+    from safe_lab import launch
+
+    rank = launch.rank()
+    if rank and not of_this_process:
+        # The launcher ends all of them once one has ended, so that process 0 must have its say first; and if this one is still
+        # there after that, process 0 had nothing to say.
+        time.sleep(_SECONDS_FOR_PROCESS_0)
+        of_this_process = True
+    prefix = f"process {rank}: " if of_this_process and launch.is_one_of_several() else ""
+    print(f"{prefix}{message}", file=sys.stderr, flush=True)

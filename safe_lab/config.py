@@ -136,7 +136,7 @@ class TrainingSection(Section):
 
     epochs: Count = Field(10, description="passes over the training split")
     max_steps: Count | None = Field(None, description="optimizer steps after which training ends; null: as epochs say")
-    batch_size: Count = Field(32, description="examples in a micro-batch, per process")
+    batch_size: Count = Field(32, description="examples in a micro-batch, of all processes together")
     gradient_accumulation: Count = Field(
         1,
         description="N micro-batches in an optimizer step; an epoch's last step may have fewer, each of them still weighs 1/N",

@@ -8,19 +8,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from safe_lab.processes import ALONE, Processes
+
 
 class Losses:
     """Losses of batches since the last row.
 
-    Reading one from an accelerator waits for it: there they are read together, before a row, a scoring or a checkpoint.
+    Reading one from an accelerator, or from other processes, waits for it: there they are read together, before a row, a scoring
+    or a checkpoint.
     """
 
-    def __init__(self, find_cause: Callable[[], str]) -> None:
+    def __init__(self, find_cause: Callable[[], str], processes: Processes = ALONE) -> None:
         """There are none yet.
 
         Args:
             find_cause: Says which weights are not finite, once a loss is not.
+            processes: Over which losses are averaged; all of them read at the same steps.
         """
+        self._processes = processes
         self._find_cause = find_cause
         self._unread: list[tuple[int, Tensor]] = []
         self._read: list[float] = []
@@ -36,7 +41,7 @@ class Losses:
             FloatingPointError: As :meth:`read`.
         """
         self._unread.append((step, parts[0] if len(parts) == 1 else torch.stack([*parts]).sum()))
-        if parts[0].device.type == "cpu":
+        if parts[0].device.type == "cpu" and self._processes.count == 1:
             self.read()
 
     def read(self) -> None:
@@ -49,7 +54,8 @@ class Losses:
             return
         steps, losses = zip(*self._unread, strict=True)
         self._unread.clear()
-        for step, loss in zip(steps, torch.stack(losses).float().tolist(), strict=True):
+        means = self._processes.sum(torch.stack(losses).float()) / self._processes.count
+        for step, loss in zip(steps, means.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} at step {step}; {self._find_cause()}; the last checkpoint stays"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from safe_lab.importance.probe import Batch
 from safe_lab.memory import Stage, halved, split_batch
@@ -65,6 +65,14 @@ class MicroBatches:
         assert self._stage is not None
         self._stage, self.has_halved = halved(self._stage), True
         log.warning("from here on at most %d rows of the longest texts at a time", min(self._stage.most_rows))
+
+    def state_dict(self) -> dict[str, bool]:
+        """What of the stage is not planned."""
+        return {"has_halved": self.has_halved}
+
+    def load_state_dict(self, state: Mapping[str, bool]) -> None:
+        """Go on from :meth:`state_dict`; the stage is to be entered."""
+        self.has_halved = state["has_halved"]
 
     def split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
         """Micro-batches with their weights; with neither budget nor trimming the very batch, with weight 1."""

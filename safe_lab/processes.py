@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# gloo's own words (torch 2.13).
+_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error")
+
 Value = TypeVar("Value")
 
 
@@ -107,3 +110,14 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def is_connection_lost(error: BaseException) -> bool:
+    """Whether an error says that another process is not there any more.
+
+    >>> is_connection_lost(RuntimeError("[gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:2943"))
+    True
+    """
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CONNECTION_LOST)

@@ -25,6 +25,7 @@ class Result:
     seconds: dict[str, float]
     resources: dict[str, Any]
     unfrozen_forecast: dict[str, float | None] | None
+    processes: dict[str, Any]
     savings: dict[str, int]
     parameters: dict[str, int]
     truncated: dict[str, int]

@@ -10,6 +10,18 @@ import numpy as np
 import torch
 
 
+class RandomStreams:
+    """The streams as a part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As they are."""
+        return get_rng_state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As they were."""
+        set_rng_state(state)
+
+
 def get_rng_state() -> dict[str, Any]:
     """State of Python's, NumPy's and torch's streams (CPU and every CUDA device), as values ``weights_only`` loads."""
     numpy_state: Any = np.random.get_state(legacy=True)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safe_lab import config as configuration
+from safe_lab import launch
 from safe_lab.adapters import Attached, attach, build_peft_config, find_units
 from safe_lab.byte_size import format_bytes, parse_bytes
 from safe_lab.config import Config, FreezingSection, TrainingSection
@@ -45,14 +47,17 @@ from safe_lab.optimizer import build_optimizer
 from safe_lab.plan.stages import Planner, predict_savings
 from safe_lab.policy import POLICIES
 from safe_lab.prefix import ActivationCache, Prefix
-from safe_lab.resources import TRAINING, Clock, EnergyMeter, Meter
+from safe_lab.processes import ALONE, Processes
+from safe_lab.replicas import Replicas
+from safe_lab.resources import TRAINING, Clock, EnergyMeter, Meter, combine, spread
 from safe_lab.result import Result, summarize_freezing
-from safe_lab.run_folder import RunFolder, claim, to_json
+from safe_lab.run_folder import RunFolder, claim_together, to_json
 from safe_lab.savings import Savings
 from safe_lab.section import ConfigError
 from safe_lab.tracking import RESOURCES, Tracking, start_trackers
 from safe_lab.trainer import Trainer
 from safe_lab.units import Unit
+from safe_lab.weights import TrainedWeights
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +67,8 @@ CACHE_BLOCK_ROWS = 32
 
 def run(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Result:
     """Train as configured and write the run folder.
+
+    Under ``accelerate launch`` or ``torchrun`` all processes call it; process 0 writes, and all come to the same result.
 
     Args:
         config: The run.
@@ -76,15 +83,20 @@ def run(config: Config, *, resume: bool = False, overwrite: bool = False, consol
     console = console or Console(quiet=True)
     for warning in config_warnings(config):
         log.warning(warning)
-    with claim(config, resume=resume, overwrite=overwrite) as folder:
+    launch.check()
+    with _as_bad_input():
+        accelerator = build_accelerator(config.training)
+    processes = Processes.of_job(accelerator.device)
+    with claim_together(config, processes, resume=resume, overwrite=overwrite) as folder:
         with _as_bad_input():
-            parts = build(config, folder, console)
+            parts = build(config, folder, console, accelerator, processes)
         try:
             with _as_bad_input():
                 resumed = resume and parts.trainer.resume()
             # Only now: a configuration that could not be built must not stand in the way of its correction.
             folder.write("config.yaml", configuration.dump(config))
-            folder.write("environment.json", json.dumps(describe_environment(), indent=1))
+            environment = describe_environment() | {"processes": processes.count}
+            folder.write("environment.json", json.dumps(environment, indent=1))
             if resumed:
                 parts.tracking.replay()
             else:
@@ -117,16 +129,14 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
     parts.savings.close(keep_cache=config.savings.keep_cache)
     if config.training.select == "best":
         parts.trainer.restore_best()
-    with parts.meter.clock.on("checkpoint"):
-        export(
-            parts.accelerator.unwrap_model(parts.model),
-            folder,
-            parts.tokenizer,
-            config.model.path,
-            parts.data.labels,
-            parts.initial,
-        )
-    result = _conclude(config, parts, savings)
+    if parts.processes.is_main:
+        with parts.meter.clock.on("checkpoint"):
+            export(parts.model, folder, parts.tokenizer, config.model.path, parts.data.labels, parts.initial)
+    by_process = parts.processes.gather((parts.meter.summary(), parts.meter.forecast()))
+    result = parts.processes.broadcast(
+        _conclude(config, parts, savings, *zip(*by_process, strict=True)) if parts.processes.is_main else None
+    )
+    assert result is not None
     summary = asdict(result)
     folder.write("result.json", json.dumps(json.loads(to_json(summary)), indent=1, ensure_ascii=False))
     shown = ("metrics", "seconds", "parameters", "frozen_share", "frozen_depth", "steps")
@@ -150,7 +160,7 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
 class Parts:
     """Everything a run is made of."""
 
-    accelerator: Accelerator
+    processes: Processes
     tokenizer: Any
     data: Data
     model: nn.Module
@@ -162,24 +172,46 @@ class Parts:
     trainer: Trainer
 
 
-def build(config: Config, folder: RunFolder, console: Console) -> Parts:
-    """Everything that a run is made of, ready to train."""
+def build_accelerator(settings: TrainingSection) -> Accelerator:
+    """Accelerate, on as many processes as were started.
+
+    Raises:
+        ValueError: It was set up for a way of sharing the work that safe_lab does not have.
+    """
     # Accelerate keeps its state for the life of the process; a second run would inherit precision and accumulation.
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
-        mixed_precision=config.training.mixed_precision.replace("none", "no"),
-        gradient_accumulation_steps=config.training.gradient_accumulation,
+        mixed_precision=settings.mixed_precision.replace("none", "no"),
+        gradient_accumulation_steps=settings.gradient_accumulation,
         step_scheduler_with_optimizer=False,
+        # Without it torchrun's processes on a machine that has no GPU would each believe to be alone (accelerate 1.15).
+        cpu=launch.is_one_of_several() and not torch.accelerator.is_available(),
     )
-    if accelerator.num_processes > 1:
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
         raise ValueError(
-            "several processes are not supported yet: start one, without accelerate launch --multi_gpu or torchrun"
+            f"{accelerator.distributed_type.value} is not supported; safe_lab trains on one process, or on several with a copy "
+            "of the model each: accelerate launch --multi_gpu"
         )
+    return accelerator
+
+
+def build(
+    config: Config, folder: RunFolder, console: Console, accelerator: Accelerator, processes: Processes = ALONE
+) -> Parts:
+    """Everything that a run is made of, ready to train."""
     clock, energy = Clock(accelerator.device), EnergyMeter(accelerator.device)
     set_seed(config.seed)
 
     base, attached, tokenizer, data = load_parts(config)
+    fingerprints = processes.gather(attached.base_fingerprint)
+    if len(set(fingerprints)) > 1:
+        other = next(rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0])
+        raise ValueError(f"model.path gives other weights on process {other} than on process 0: {config.model.path}")
     if config.model.gradient_checkpointing:
         checkpoint_gradients(base)
 
@@ -188,6 +220,8 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         config.training.batch_size,
         seed=config.seed,
         group_by_length=config.data.group_by_length,
+        rank=processes.rank,
+        num_processes=processes.count,
     )
     num_steps = count_steps(len(sampler), config.training)
     optimizer = build_optimizer(attached.model, config.training)
@@ -197,7 +231,18 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         num_warmup_steps=math.ceil(config.training.warmup_ratio * num_steps),
         num_training_steps=num_steps,
     )
-    model, optimizer, scheduler = accelerator.prepare(attached.model, optimizer, scheduler)
+    # On its device and in its precision; how gradients come together is for Replicas.
+    model = accelerator.prepare_model(attached.model, evaluation_mode=True)
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    replicas = Replicas(model, processes, overlapped=config.memory.budget is None)
+    # What of a batch falls to one process, for all that is predicted.
+    of_one = config.model_copy(
+        update={
+            "training": config.training.model_copy(
+                update={"batch_size": math.ceil(config.training.batch_size / processes.count)}
+            )
+        }
+    )
     num_labels = 1 if data.task.kind == "regression" else len(data.labels)
     planner = None
     if config.memory.budget is not None:
@@ -206,7 +251,7 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
             raise ValueError(
                 "savings.cache_store: memory would take what memory.budget leaves on this device, which is the CPU: take disk"
             )
-        planner = Planner(config, num_labels=num_labels, longest=longest)
+        planner = Planner(of_one, num_labels=num_labels, longest=longest)
     if config.savings.trim_padding is not None and tokenizer.padding_side == "left":
         log.warning(
             "savings.trim_padding has no effect: texts are padded on the left, where cutting would move their tokens"
@@ -227,8 +272,8 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         model, lambda: model(**{key: value[:1] for key, value in probe[0].items()}), config.freezing.unit
     )
     meter = Meter(clock, energy, model, optimizer)
-    prefix = build_prefix(config, model, units, probe[0], accelerator, folder)
-    predicted = predict_savings(config, num_labels) if config.freezing.policy == "budget" else None
+    prefix = build_prefix(config, model, units, probe[0], accelerator, folder, processes)
+    predicted = predict_savings(of_one, num_labels) if config.freezing.policy == "budget" else None
     with meter.activity("scoring"):
         freezer = Freezer(
             model,
@@ -240,6 +285,7 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
             seed=config.seed,
             reference_is_current=attached.initial is not None,
             savings=predicted,
+            processes=processes,
         )
     block_rows = CACHE_BLOCK_ROWS if planner is None else min(CACHE_BLOCK_ROWS, planner.largest_batch)
     savings = Savings(
@@ -259,8 +305,9 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         return batch
 
     # Batches stay on the host until a micro-batch is cut from them, and its rows are looked up in the cache.
+    # Dealt out to the processes already, and not by Accelerate, which would repeat examples to fill the last batch.
     loader, *eval_loaders = (
-        accelerator.prepare_data_loader(loader, device_placement=False)
+        prepare_data_loader(loader, num_processes=1, process_index=0, put_on_device=False)
         for loader in (
             build_train_loader(
                 data.train,
@@ -271,22 +318,38 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
                 num_workers=config.training.num_workers,
             ),
             *(
-                build_eval_loader(dataset, collate_ahead, config.training.eval_batch_size)
+                build_eval_loader(
+                    dataset,
+                    collate_ahead,
+                    config.training.eval_batch_size,
+                    rank=processes.rank,
+                    num_processes=processes.count,
+                )
                 for dataset in data.validation.values()
             ),
         )
     )
-    trackers = start_trackers(
-        **config.tracking.model_dump(),
-        name=f"{config.name}/{config.variant}/seed-{config.seed}",
-        group=config.name,
-        folder=folder.path,
-        config=config.model_dump(mode="json"),
+    trackers = (
+        start_trackers(
+            **config.tracking.model_dump(),
+            name=f"{config.name}/{config.variant}/seed-{config.seed}",
+            group=config.name,
+            folder=folder.path,
+            config=config.model_dump(mode="json"),
+        )
+        if processes.is_main
+        else ()
     )
     tracking = Tracking(folder, units, trackers)
+    if not processes.is_main:
+        # From here on each draws (dropout) for itself.
+        set_seed(config.seed + processes.rank)
     trainer = Trainer(
         accelerator=accelerator,
+        processes=processes,
         model=model,
+        weights=TrainedWeights(model, units),
+        replicas=replicas,
         optimizer=optimizer,
         scheduler=scheduler,
         batches=loader,
@@ -309,7 +372,7 @@ def build(config: Config, folder: RunFolder, console: Console) -> Parts:
         console=console,
         base_fingerprint=attached.base_fingerprint,
     )
-    return Parts(accelerator, tokenizer, data, model, attached.initial, freezer, savings, meter, tracking, trainer)
+    return Parts(processes, tokenizer, data, model, attached.initial, freezer, savings, meter, tracking, trainer)
 
 
 def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTokenizerBase, Data]:
@@ -327,12 +390,19 @@ def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTok
     return base, attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads)), tokenizer, data
 
 
-def _conclude(config: Config, parts: Parts, savings: dict[str, int]) -> Result:
+def _conclude(
+    config: Config,
+    parts: Parts,
+    savings: dict[str, int],
+    summaries: Sequence[dict[str, Any]],
+    forecasts: Sequence[dict[str, float | None] | None],
+) -> Result:
     progress, freezer = parts.trainer.progress, parts.freezer
     best = config.training.select == "best"
     adapters, timeline = summarize_freezing(parts.trainer.folder.rows("importance.jsonl"))
     trainable = parts.trainer.num_trained
-    resources = parts.meter.summary()
+    resources = combine(summaries)
+    known = [forecast for forecast in forecasts if forecast is not None]
     seconds = resources["seconds"]
     training_seconds = sum(seconds[activity] for activity in TRAINING)
     return Result(
@@ -354,7 +424,8 @@ def _conclude(config: Config, parts: Parts, savings: dict[str, int]) -> Result:
             "checkpoint": seconds["checkpoint"],
         },
         resources={"tokens_per_second": progress.tokens / training_seconds, **resources},
-        unfrozen_forecast=parts.meter.forecast(),
+        unfrozen_forecast=combine(known) if known else None,
+        processes={"count": parts.processes.count, **asdict(parts.trainer.traffic), **spread(summaries)},
         savings=savings,
         parameters={
             "total": sum(parameter.numel() for parameter in parts.model.parameters()),
@@ -378,25 +449,25 @@ def build_prefix(
     probe_batch: Batch,
     accelerator: Accelerator,
     folder: RunFolder,
+    processes: Processes,
 ) -> Prefix | None:
     """The frozen prefix with its cache, as the ``savings`` section describes it; None: the model always runs whole."""
     settings = config.savings
     # With dropout it runs as part of the model, which needs no graph for it either.
     if not (settings.prefix and settings.prefix_eval) or config.freezing.policy == "none":
         return None
-    cache = ActivationCache(
-        folder.path / "cache" if settings.cache_store == "disk" else None,
-        limit_bytes=None if settings.cache_limit is None else parse_bytes(settings.cache_limit),
-        dtype=None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype),
-    )
-    return Prefix(
-        model,
-        units,
-        probe_batch,
-        loss_function,
-        cache=cache if settings.cache else None,
-        autocast=accelerator.autocast,
-    )
+    cache = None
+    if settings.cache:
+        # Those on one machine share its files; no disk is asked to be common to several.
+        node = processes.on_node(accelerator.local_process_index)
+        name = "cache" if node.rank == processes.rank else f"cache-{processes.rank - node.rank}"
+        cache = ActivationCache(
+            folder.path / name if settings.cache_store == "disk" else None,
+            limit_bytes=None if settings.cache_limit is None else parse_bytes(settings.cache_limit),
+            dtype=None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype),
+            processes=node,
+        )
+    return Prefix(model, units, probe_batch, loss_function, cache=cache, autocast=accelerator.autocast)
 
 
 def enter_stage(planner: Planner, savings: Savings, model: Any, frozen: Sequence[bool]) -> Stage:

@@ -13,17 +13,22 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safe_lab import config as configuration
 from safe_lab.config import Config
 from safe_lab.section import ConfigError
 
+if TYPE_CHECKING:
+    from safe_lab.processes import Processes
+
 log = logging.getLogger(__name__)
 
 ROW_FILES = ("metrics.jsonl", "importance.jsonl", "events.jsonl")
+# Only where there are several processes.
+PROCESS_ROWS = "processes.jsonl"
 
 
 class RunFolderError(ConfigError):
@@ -37,9 +42,15 @@ class AlreadyFinishedError(RunFolderError):
 class RunFolder:
     """A run folder held by this process."""
 
-    def __init__(self, path: Path) -> None:
-        """Name the folder; :func:`claim` opens it for writing."""
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        """Name the folder; :func:`claim` opens it for writing.
+
+        Args:
+            path: The folder.
+            writes: False on all processes of a run but one: what they are asked to write is left to that one.
+        """
         self.path = path
+        self._writes = writes
 
     @property
     def checkpoints(self) -> Path:
@@ -59,6 +70,8 @@ class RunFolder:
 
     def append(self, file: str, row: Mapping[str, Any]) -> None:
         """Add a row to one of the JSONL files."""
+        if not self._writes:
+            return
         with (self.path / file).open("a", encoding="utf-8") as stream:
             stream.write(to_json(row) + "\n")
 
@@ -72,10 +85,13 @@ class RunFolder:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each JSONL file, to which a resumed run cuts them back; they survive a power cut from here on."""
-        for file in ROW_FILES:
+        if not self._writes:
+            return {}
+        files = [*ROW_FILES, *([PROCESS_ROWS] if (self.path / PROCESS_ROWS).exists() else [])]
+        for file in files:
             with (self.path / file).open("a") as stream:
                 os.fsync(stream.fileno())
-        return {file: (self.path / file).stat().st_size for file in ROW_FILES}
+        return {file: (self.path / file).stat().st_size for file in files}
 
     def cut(self, sizes: Mapping[str, int]) -> None:
         """Cut the JSONL files back to ``sizes``: rows after a checkpoint will be written again.
@@ -83,6 +99,8 @@ class RunFolder:
         Raises:
             RunFolderError: A file is shorter than it was at the checkpoint, or a row is damaged; nothing is cut then.
         """
+        if not self._writes:
+            return
         for file, size in sizes.items():
             path = self.path / file
             path.touch()
@@ -97,9 +115,13 @@ class RunFolder:
                 raise RunFolderError(f"{path}: a row was altered, it is no JSON any more") from None
         for file, size in sizes.items():
             os.truncate(self.path / file, size)
+        if PROCESS_ROWS not in sizes:
+            (self.path / PROCESS_ROWS).unlink(missing_ok=True)
 
     def write(self, file: str, text: str) -> None:
         """Write a file whole or not at all."""
+        if not self._writes:
+            return
         path = self.path / file
         unfinished = path.with_name(f".unfinished-{file}")
         with unfinished.open("w", encoding="utf-8") as stream:
@@ -125,6 +147,25 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFolde
         if overwrite:
             _empty(path)
         yield RunFolder(path)
+
+
+@contextmanager
+def claim_together(config: Config, processes: Processes, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """As :func:`claim`, for all processes of a run: process 0 holds the folder, and what it finds is told to all."""
+    if not processes.is_main:
+        refusal = processes.broadcast(None)
+        if refusal is not None:
+            raise refusal
+        yield RunFolder(config.run_folder, writes=False)
+        return
+    with ExitStack() as held:
+        try:
+            folder = held.enter_context(claim(config, resume=resume, overwrite=overwrite))
+        except RunFolderError as error:
+            processes.broadcast(error)
+            raise
+        processes.broadcast(None)
+        yield folder
 
 
 @contextmanager

@@ -31,6 +31,7 @@ FROZEN_DEPTH = "freezing/frozen_depth"
 TRAINABLE = "freezing/trainable_parameters"
 WALL_SECONDS = "resources/wall_seconds"
 TOKENS_PER_SECOND = "resources/tokens_per_second"
+GRADIENT_BYTES = "resources/gradient_bytes_per_step"
 # Each figure of Meter.recent while training, and of result.json's "resources" in a tracker's summary.
 RESOURCES = "resources/{name}"
 # Each figure of what freezing is turned into: Trainer's effect.
@@ -58,6 +59,12 @@ class Tracking:
         """A row of metrics.jsonl; it has ``step`` and ``epoch``."""
         self._folder.append("metrics.jsonl", row)
         self._send(row)
+
+    def log_processes(self, step: int, figures: Sequence[Mapping[str, Any]]) -> None:
+        """A row of processes.jsonl for each process, with what it has used itself."""
+        for rank, figures_of_one in enumerate(figures):
+            own = {RESOURCES.format(name=name): value for name, value in figures_of_one.items()}
+            self._folder.append("processes.jsonl", {STEP: step, "process": rank, **own})
 
     def log_scoring(self, scoring: Scoring, epoch: float, effect: Mapping[str, int | None]) -> None:
         """A row of importance.jsonl for each unit, and one of events.jsonl if a unit froze, with what that is turned into."""

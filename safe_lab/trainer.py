@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from safe_lab import checkpoint, tracking
+from safe_lab import tracking
 from safe_lab.config import TrainingSection
 from safe_lab.console import Console
 from safe_lab.data import EpochBatchSampler, Task
@@ -24,11 +23,15 @@ from safe_lab.importance.probe import Batch, LossFunction
 from safe_lab.losses import Losses
 from safe_lab.memory import is_out_of_memory
 from safe_lab.micro_batches import MicroBatches
-from safe_lab.resources import TRAINING, Meter
-from safe_lab.rng import get_rng_state, set_rng_state
-from safe_lab.run_folder import RunFolder, RunFolderError
+from safe_lab.processes import Processes
+from safe_lab.replicas import Replicas, Traffic
+from safe_lab.resources import TRAINING, Meter, combine
+from safe_lab.rng import RandomStreams, get_rng_state, set_rng_state
+from safe_lab.run_folder import RunFolder
 from safe_lab.savings import Savings
 from safe_lab.tracking import Tracking
+from safe_lab.training_state import TrainingState
+from safe_lab.weights import TrainedWeights
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +65,21 @@ class Progress:
     without_gain: int = 0
     stopped: bool = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        vars(self).update(state)
+
+
+class OutOfMemoryElsewhereError(MemoryError):
+    """Another process ran out of memory, and all begin the batch anew."""
+
+    def __init__(self) -> None:
+        super().__init__("on another process")
+
 
 class Trainer:
     """Runs one training; everything it needs is handed in, built by ``run``."""
@@ -70,7 +88,10 @@ class Trainer:
         self,
         *,
         accelerator: Accelerator,
+        processes: Processes,
         model: nn.Module,
+        weights: TrainedWeights,
+        replicas: Replicas,
         optimizer: Any,
         scheduler: Any,
         batches: Any,
@@ -93,13 +114,16 @@ class Trainer:
         """Take over prepared parts.
 
         Args:
-            accelerator: Has prepared model, optimizer, scheduler and loaders.
+            accelerator: Has prepared model, optimizer and scheduler.
+            processes: Those that train together; process 0 writes.
             model: The model with adapters.
+            weights: What of it trains.
+            replicas: The same on all processes.
             optimizer: AdamW over what trains.
             scheduler: The learning rate's schedule, stepped once an optimizer step.
             batches: Loader of the training split, which draws from ``sampler``.
             sampler: Order of the examples, by epoch.
-            validation: Loader by name of the validation split.
+            validation: Loader by name of the validation split; of this process's batches.
             task: What is learned, and by which metrics it is measured.
             loss_function: ``loss_function(model, batch)`` gives the mean loss.
             freezer: Scores and freezes.
@@ -115,8 +139,11 @@ class Trainer:
             base_fingerprint: Hash of the base weights, which a checkpoint must have been made on.
         """
         self.progress = Progress()
+        self.num_trained = weights.number
         self._accelerator = accelerator
+        self._processes = processes
         self._model = model
+        self._replicas = replicas
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._batches = batches
@@ -130,22 +157,40 @@ class Trainer:
         self.num_steps = num_steps
         self._savings = savings
         self._micro_batches = micro_batches
-        self._has_stepped = False
+        self._is_past_return = False
         self._meter = meter
         self._clock = meter.clock
         self.folder = folder
         self._tracker = tracker
         self._console = console
-        self._base_fingerprint = base_fingerprint
-        self._trained = {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
-        self.num_trained = sum(parameter.numel() for parameter in self._trained.values())
-        self._best: dict[str, Tensor] = {}
-        self._losses = Losses(self._first_bad_weights)
+        self._weights = weights
+        self._losses = Losses(weights.explain_not_finite, processes)
+        scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler}
+        self._state = TrainingState(
+            folder,
+            processes,
+            weights,
+            parts={
+                "freezer": freezer,
+                "savings": savings,
+                "micro_batches": micro_batches,
+                "optimizer": optimizer,
+                "scheduler": scheduler,
+                **scaler,
+                "progress": self.progress,
+                "losses": self._losses,
+                "replicas": replicas,
+            },
+            own_parts={"meter": meter, "random streams": RandomStreams()},
+            base_fingerprint=base_fingerprint,
+        )
+        # Of this process, since the tokens of all were last added up.
+        self._tokens_here = 0
         self._learning_rate = 0.0
         self._gradient_norm: Tensor | float | None = None
         self._begins_step = True
         self._logged_at = (0.0, 0)
-        meter.keep(self._best.values)
+        meter.keep(lambda: weights.kept)
 
     def fit(self) -> None:
         """Train to the end, from wherever :attr:`progress` stands.
@@ -161,7 +206,7 @@ class Trainer:
             self._sampler.start = self.progress.micro_step
             self._model.train()
             for batch in self._clock.each("data", self._batches):
-                with self._accelerator.accumulate(self._model):
+                with self._accelerator.accumulate(self._replicas.model):
                     self._train_on(batch)
                 if not self._advance():
                     continue
@@ -178,66 +223,76 @@ class Trainer:
                     break
         if self.progress.evaluated_at != self.progress.step:
             self.evaluate()
+        self._count_tokens()
 
     def _train_on(self, batch: Batch) -> None:
         """Forward and backward of a batch, and the optimizer's step if it is the last of one.
 
-        With a memory budget, in micro-batches that ought to fit. Should memory run out for all that, once a stage, the batch is
-        done anew with half as many rows.
+        With a memory budget, in micro-batches that ought to fit. Should memory run out for all that on any process, once a stage,
+        the batch is done anew with half as many rows.
         """
         if not self._micro_batches.can_halve:
             self._run(self._micro_batches.split(batch))
             return
         streams, begins_step = get_rng_state(), self._begins_step
-        gradients = {p: p.grad.clone() for p in self._trained.values() if p.grad is not None}
+        gradients = {p: p.grad.clone() for p in self._weights.live if p.grad is not None}
         try:
             self._run(self._micro_batches.split(batch))
             return
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or self._has_stepped:
+            if not is_out_of_memory(error) or self._is_past_return:
                 raise
+            if not isinstance(error, OutOfMemoryElsewhereError):
+                self._processes.any(True)
             log.warning("memory ran out at step %d, below the forecast: %s", self.progress.step + 1, error)
         # Out of the handler, in which the error still holds on to the tensors of the failed pass.
         self._micro_batches.halve()
         self._begins_step = begins_step
-        for parameter in self._trained.values():
+        for parameter in self._weights.live:
             parameter.grad = gradients.get(parameter)
         set_rng_state(streams)
         self._run(self._micro_batches.split(batch))
 
     def _run(self, parts: Iterable[tuple[Batch, float]]) -> None:
         """Forward and backward of the parts of a batch with their weights, and the optimizer's step if it is due."""
-        parts, losses, self._has_stepped = list(parts), [], False
-        for number, (on_host, weight) in enumerate(parts, start=1):
+        parts, losses, self._is_past_return = list(parts), [], False
+        share = self._sampler.weight(self.progress.micro_step)
+        for number, (on_host, part_weight) in enumerate(parts, start=1):
+            is_last, weight = number == len(parts), part_weight * share
             hidden = self._savings.hidden(on_host)
             part = send_to_device(on_host, self._accelerator.device, non_blocking=True)
-            with self._metered(part, hidden, last=number == len(parts)):
+            with self._metered(part, hidden, last=is_last), nullcontext() if is_last else self._replicas.held_back():
                 with self._clock.on("forward"), self._savings.skipping(part, hidden):
-                    loss = self._loss_function(self._model, part)
+                    loss = self._loss_function(self._replicas.model, part)
                 # A whole batch has the operators of plain fine-tuning and no other.
                 loss = loss if weight == 1 else loss * weight
                 losses.append(loss.detach())
                 with self._clock.on("backward"):
                     self._accelerator.backward(loss)
-                if number < len(parts):
+                if not is_last:
                     continue
-                self.progress.tokens += sum(int(part["attention_mask"].sum()) for part, _ in parts)
+                if self._micro_batches.can_halve and self._processes.any(False):
+                    raise OutOfMemoryElsewhereError
+                # From here on the batch cannot begin anew.
+                self._is_past_return = True
+                self._tokens_here += sum(int(part["attention_mask"].sum()) for part, _ in parts) if share else 0
                 self._losses.record(self.progress.step + 1, losses)
                 with self._clock.on("optimizer"):
+                    if self._accelerator.sync_gradients:
+                        self._replicas.average()
                     self._clip()
-                    self._has_stepped = True
                     self._optimizer.step()
                     self._optimizer.zero_grad()
 
     def evaluate(self) -> dict[str, float]:
         """Measure the model on every validation split, and keep it if it is the best so far."""
         with self._meter.activity("evaluation"):
-            self._check_weights()
+            self._weights.check(self.progress.step)
             metrics = evaluate(
-                self._accelerator,
                 self._model,
                 self._validation,
                 self._task,
+                processes=self._processes,
                 skipping=self._savings.skipping,
                 most_rows=self._micro_batches.eval_rows,
             )
@@ -245,7 +300,7 @@ class Trainer:
         if not self.progress.best or metrics[self.main_metric] > self.progress.best[self.main_metric]:
             self.progress.best, self.progress.best_step, self.progress.without_gain = metrics, self.progress.step, 0
             if self._settings.select == "best":
-                self._best.update((name, parameter.detach().clone()) for name, parameter in self._trained.items())
+                self._weights.keep_best()
         else:
             self.progress.without_gain += 1
         patience = self._settings.early_stopping
@@ -261,37 +316,28 @@ class Trainer:
             return
         with self._clock.on("checkpoint"):
             self._losses.read()
-            self._check_weights()
-            folders = self.folder.checkpoints
-            tensors = {f"last.{name}": parameter for name, parameter in self._trained.items()}
-            tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
-            checkpoint.save(folders / f"step-{self.progress.step:08d}", tensors, self._state_dict())
-            checkpoint.keep_newest(folders, self._settings.keep_checkpoints)
+            self._count_tokens()
+            self._weights.check(self.progress.step)
+            self._state.save(self.progress.step, keep=self._settings.keep_checkpoints)
 
     def resume(self) -> bool:
         """Go on from the newest whole checkpoint; False if there is none, and the run starts anew.
 
-        A checkpoint that is damaged, or to which rows are lost, is named and removed, and the one before it is tried.
-
         Raises:
             ValueError: The checkpoint was made on other base weights.
         """
-        for folder in reversed(checkpoint.steps(self.folder.checkpoints)):
-            try:
-                tensors, state = checkpoint.load(folder)
-                self.folder.cut(state["rows"])
-            except (checkpoint.DamagedError, RunFolderError) as error:
-                log.warning("checkpoint %s is passed over: %s", folder.name, error)
-                checkpoint.remove(folder)
-            else:
-                self._load_state_dict(tensors, state, folder)
-                return True
-        log.warning("there is no whole checkpoint to go on from: the run starts anew")
-        return False
+        resumed = self._state.resume()
+        self._logged_at = self._training_seconds, self.progress.tokens
+        return resumed
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has gone between the processes."""
+        return self._replicas.traffic
 
     def restore_best(self) -> None:
         """Take the weights of the best evaluation."""
-        self._load_weights(self._best)
+        self._weights.restore_best()
 
     @property
     def main_metric(self) -> str:
@@ -314,6 +360,7 @@ class Trainer:
         if not self._accelerator.sync_gradients:
             return False
         self.progress.step += 1
+        self._replicas.end_step()
         self._learning_rate = self._scheduler.get_last_lr()[0]
         self._scheduler.step()
         self._console.advance(self.progress.step, self._freezer)
@@ -324,24 +371,6 @@ class Trainer:
             return self.progress.micro_step == 0
         return every != "never" and self.progress.step % every == 0
 
-    def _check_weights(self) -> None:
-        """Before weights are measured or kept.
-
-        Raises:
-            FloatingPointError: A weight is NaN or infinite; the message names step and unit.
-        """
-        if not all(bool(parameter.isfinite().all()) for parameter in self._trained.values()):
-            raise FloatingPointError(
-                f"weights are not finite after step {self.progress.step}: {self._first_bad_weights()}"
-            )
-
-    def _first_bad_weights(self) -> str:
-        units = {id(p): f"unit {unit.name}" for unit in self._freezer.units for p in unit.parameters.values()}
-        for name, parameter in self._trained.items():
-            if not parameter.isfinite().all():
-                return f"{units.get(id(parameter), 'the task head')} is the first with weights that are not finite ({name})"
-        return "the weights of every unit and the head are finite, so look at the learning rate, the dtype or the data"
-
     def _clip(self) -> None:
         if self._accelerator.sync_gradients and self._settings.max_grad_norm is not None:
             self._gradient_norm = self._accelerator.clip_grad_norm_(
@@ -350,7 +379,8 @@ class Trainer:
 
     def _log(self) -> None:
         loss = self._losses.take_mean()
-        resources = self._meter.recent()
+        by_process = self._processes.gather(self._meter.recent())
+        self._count_tokens()
         seconds, tokens = self._training_seconds, self.progress.tokens
         seconds_before, tokens_before = self._logged_at
         self._logged_at = seconds, tokens
@@ -363,16 +393,17 @@ class Trainer:
             tracking.LEVEL: self._freezer.level,
             tracking.FROZEN_SHARE: self._freezer.frozen_share,
             tracking.FROZEN_DEPTH: self._freezer.frozen_depth,
-            tracking.TRAINABLE: sum(
-                parameter.numel() for parameter in self._trained.values() if parameter.requires_grad
-            ),
+            tracking.TRAINABLE: sum(parameter.numel() for parameter in self._weights.live),
             **{tracking.SAVINGS.format(name=name): value for name, value in self._effect().items()},
             tracking.WALL_SECONDS: sum(self._clock.read().values()),
             tracking.TOKENS_PER_SECOND: (tokens - tokens_before) / (seconds - seconds_before),
-            **{tracking.RESOURCES.format(name=name): value for name, value in resources.items()},
+            tracking.GRADIENT_BYTES: self._replicas.traffic.last_step_bytes,
+            **{tracking.RESOURCES.format(name=name): value for name, value in combine(by_process).items()},
         }
         with self._clock.on("tracking"):
             self._tracker.log(row)
+            if len(by_process) > 1:
+                self._tracker.log_processes(self.progress.step, by_process)
             self._console.logged(row)
 
     def _score(self) -> None:
@@ -387,6 +418,7 @@ class Trainer:
                 # What folding keeps counts towards the budget, and is undone where it does not fit.
                 self._micro_batches.enter_stage(self._freezer.frozen)
                 self._savings.extend_prefix(passes_left=micro_steps_left / len(self._sampler))
+                self._replicas.wrap()
         with self._clock.on("tracking"):
             effect = self._effect()
             self._tracker.log_scoring(scoring, self._epoch, effect)
@@ -401,51 +433,12 @@ class Trainer:
         first, self._begins_step = self._begins_step, ends_step
         return self._meter.micro_step(part, first=first, last=ends_step, hidden=hidden)
 
+    def _count_tokens(self) -> None:
+        """Add up what the processes have trained on."""
+        self.progress.tokens += int(self._processes.sum(torch.tensor(self._tokens_here)))
+        self._tokens_here = 0
+
     @property
     def _training_seconds(self) -> float:
         seconds = self._clock.read()
         return sum(seconds[activity] for activity in TRAINING)
-
-    def _state_dict(self) -> dict[str, Any]:
-        scaler = self._accelerator.scaler
-        return {
-            "progress": asdict(self.progress),
-            "meter": self._meter.state_dict(),
-            "freezer": self._freezer.state_dict(),
-            "savings": self._savings.state_dict(),
-            "has_halved": self._micro_batches.has_halved,
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "losses": self._losses.state_dict(),
-            "rows": self.folder.sizes(),
-            "rng": get_rng_state(),
-            "base_fingerprint": self._base_fingerprint,
-        }
-
-    def _load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], folder: Path) -> None:
-        if state["base_fingerprint"] != self._base_fingerprint:
-            raise ValueError(
-                f"{folder}: was made on other base weights than model.path gives now; --overwrite starts anew"
-            )
-        self._load_weights({key.removeprefix("last."): t for key, t in tensors.items() if key.startswith("last.")})
-        self._best.update((key.removeprefix("best."), t) for key, t in tensors.items() if key.startswith("best."))
-        self._freezer.load_state_dict(state["freezer"])
-        self._savings.load_state_dict(state["savings"])
-        self._micro_batches.has_halved = state["has_halved"]
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self._meter.load_state_dict(state["meter"])
-        self._losses.load_state_dict(state["losses"])
-        self._logged_at = self._training_seconds, self.progress.tokens
-        set_rng_state(state["rng"])
-
-    @torch.no_grad()
-    def _load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        if tensors.keys() != self._trained.keys():
-            raise ValueError("the checkpoint holds other weights than the model trains; start anew with --overwrite")
-        for name, parameter in self._trained.items():
-            parameter.copy_(tensors[name])

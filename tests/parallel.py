@@ -10,6 +10,7 @@ from multiprocessing import get_context
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 from safe_lab.processes import Processes
 
@@ -51,7 +52,10 @@ def _receive(pipe, rank):
 
 def _run(function, rank, count, store, pipe):
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # As a launcher sets them; what this process's parent found out about itself is forgotten.
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         dist.init_process_group(
             "gloo",
@@ -61,7 +65,7 @@ def _run(function, rank, count, store, pipe):
             timeout=timedelta(seconds=SECONDS),
         )
         answer = None, function(Processes.of_job(torch.device("cpu")))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - told to the test
         answer = f"process {rank}: {traceback.format_exc()}", None
     try:
         # By value: the pipe's own way with tensors shares memory with a process that is about to end.

@@ -9,12 +9,24 @@ PACKAGE = Path(__file__).parents[1] / "safe_lab"
 
 # A module may import what stands before it, or beside it in the same row.
 LAYERS = [
-    {"byte_size", "suggest", "shapes", "yaml_core", "rng", "section", "units", "processes"},
+    {
+        "byte_size",
+        "suggest",
+        "shapes",
+        "yaml_core",
+        "rng",
+        "section",
+        "units",
+        "processes",
+        "replicas",
+        "launch",
+        "weights",
+    },
     {"schedule", "policy", "importance", "data"},
     {"config"},
     {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation", "memory"},
     {"optimizer", "resources", "plan", "prefix", "export", "folding"},
-    {"savings", "tracking", "losses", "micro_batches"},
+    {"savings", "tracking", "losses", "micro_batches", "training_state"},
     {"console"},
     {"trainer"},
     {"run"},
@@ -25,7 +37,7 @@ LAYERS = [
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # The paper's part works without configuration, trainer or tracker.
 PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest", "processes"}
-ONLY_IN = {"accelerate": {"trainer", "run", "tracking", "evaluation"}, "wandb": {"tracking"}, "peft": {"adapters"}}
+ONLY_IN = {"accelerate": {"trainer", "run", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
 
 
 def imports():

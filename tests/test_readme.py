@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel import in_processes
 from tiny import random_batch, tiny_model
 
 from safe_lab.adapters import attach, build_peft_config
@@ -80,3 +81,21 @@ def test_the_parts_of_a_batch_add_up_to_its_gradient(loop):
 def test_a_ledger_tells_of_a_step(loop, capsys):
     exec(BLOCKS[3], loop)
     assert int(capsys.readouterr().out.split()[0]) > 0
+
+
+def test_the_loop_on_several_processes_freezes_alike_and_ends_with_the_same_weights(loop):
+    page = (Path(__file__).parents[1] / "docs" / "multi-gpu.md").read_text()
+    block = re.search(r"## In a loop of your own\n\n```python\n(.*?)```", page, flags=re.DOTALL).group(1)
+    loop["batches"] = [random_batch(4, 16, seed=seed) for seed in range(4)]
+
+    def run(processes):
+        names = loop | {"batches": loop["batches"][processes.rank :: processes.count]}
+        exec(
+            block.replace("FreezingRule(final=6)", "FreezingRule(final=6, normalize='rank', final_threshold=0.6)"),
+            names,
+        )
+        return names["freezer"].frozen, {name: p.detach().clone() for name, p in names["model"].named_parameters()}
+
+    (frozen, weights), (frozen_too, others) = in_processes(run)
+    assert frozen == frozen_too and any(frozen)
+    assert all(torch.equal(others[name], weight) for name, weight in weights.items())

@@ -144,7 +144,7 @@ def test_a_dropped_cache_does_not_come_back_on_resume(tiny_tree, monkeypatch):
         _interrupt(config, monkeypatch, after_step=8)
     _interrupt(config, monkeypatch, after_step=12, resume=True)
     grown = []
-    monkeypatch.setattr(ActivationCache, "_open", lambda self: grown.append(self))
+    monkeypatch.setattr(ActivationCache, "_create", lambda self: grown.append(self))
     run(config, resume=True)
     assert not grown
 

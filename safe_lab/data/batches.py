@@ -38,20 +38,22 @@ class EpochBatchSampler:
 
     With ``group_by_length`` the rows are shuffled, sorted by length within stretches of 50 batches, and the batches
     shuffled; the batch with the longest row comes first in the epoch, so that a lack of memory shows at once. A batch
-    that is not full is always the last, as :class:`accelerate.data_loader.BatchSamplerShard` expects.
+    that is not full is always the last.
+
+    Of several processes each gets its share of every batch, rows ``rank``, ``rank + num_processes``, ..., so that they do
+    together what one does, whatever their number. :meth:`weight` tells what its mean loss counts for.
 
     The global random streams are left untouched.
 
     Attributes:
-        batch_size: Rows in a batch.
+        batch_size: Rows in a batch, of all processes together.
         drop_last: Leave out the last batch if it is not full.
         epoch: Set by :meth:`set_epoch`.
         start: Batches of this epoch to skip without reading them: where a resumed run goes on. Zero again in the next
-            epoch. On several processes it has to be a multiple of their number, so that each gets the batches it would
-            have had.
+            epoch.
 
     Raises:
-        ValueError: No rows, a batch size below 1, or ``group_by_length`` without lengths.
+        ValueError: No rows, a batch size below 1 or below the number of processes, or ``group_by_length`` without lengths.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class EpochBatchSampler:
         shuffle: bool = True,
         group_by_length: bool = False,
         drop_last: bool = False,
+        rank: int = 0,
+        num_processes: int = 1,
     ) -> None:
         if isinstance(lengths_or_num_examples, int):
             self._num_examples, self._lengths = lengths_or_num_examples, None
@@ -73,6 +77,12 @@ class EpochBatchSampler:
             self._num_examples = len(self._lengths)
         if self._num_examples < 1 or batch_size < 1:
             raise ValueError(f"batches need examples and a size >= 1, got {self._num_examples} and {batch_size}")
+        if batch_size < num_processes:
+            raise ValueError(
+                f"training.batch_size is {batch_size} of all processes together, and there are {num_processes} of them: "
+                "give each at least one example"
+            )
+        self._rank, self._num_processes = rank, num_processes
         self._seed = seed
         self._shuffle = shuffle
         self._group_by_length = group_by_length
@@ -97,7 +107,22 @@ class EpochBatchSampler:
         if self._group_by_length and self._lengths is not None:
             order = _group(order, self._lengths, self.batch_size, generator)
         for batch in range(self.start, len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            # Without a share, a row that counts for nothing: the others wait for this process's gradients.
+            yield (rows[self._rank :: self._num_processes] if self.weight(batch) else rows[:1]).tolist()
+
+    def weight(self, batch: int) -> float:
+        r"""What the mean loss of this process's rows of a batch counts for in a mean over processes.
+
+        .. math:: w_r = P \, n_r / n
+
+        with n rows in the batch, n_r of them here, P processes: 1 where all have as many, 0 without a row.
+
+        >>> [EpochBatchSampler(7, 4, seed=0, rank=rank, num_processes=4).weight(1) for rank in range(4)]
+        [1.3333333333333333, 1.3333333333333333, 1.3333333333333333, 0.0]
+        """
+        rows = min(self.batch_size, self._num_examples - batch * self.batch_size)
+        return len(range(self._rank, rows, self._num_processes)) * self._num_processes / rows
 
 
 def _group(

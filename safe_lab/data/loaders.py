@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from safe_lab.data.batches import EpochBatchSampler
 
@@ -32,11 +32,18 @@ def build_train_loader(
     )
 
 
-def build_eval_loader(dataset: Any, collate: Collate, batch_size: int) -> DataLoader[Any]:
-    """Loader of a validation split, longest first: no padding to speak of, and out of memory at once if at all."""
+def build_eval_loader(
+    dataset: Any, collate: Collate, batch_size: int, *, rank: int = 0, num_processes: int = 1
+) -> DataLoader[Any]:
+    """Loader of a validation split, longest first: no padding to speak of, and out of memory at once if at all.
+
+    Of several processes each gets every ``num_processes``-th batch, from ``rank`` on; there may be none for it.
+    """
+    order = order_by_length(dataset["length"])
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return DataLoader(
-        Subset(dataset, order_by_length(dataset["length"])),
-        batch_size=batch_size,
+        dataset,
+        batch_sampler=batches[rank::num_processes],
         collate_fn=collate,
         generator=torch.Generator().manual_seed(0),
     )

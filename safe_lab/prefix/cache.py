@@ -34,10 +34,13 @@ from safe_lab.memory import is_out_of_memory
 from safe_lab.prefix.rows import count_tokens, make_keys
 from safe_lab.prefix.stack import Stack
 from safe_lab.prefix.store import FileStore, MemoryStore
+from safe_lab.processes import ALONE, Processes
 
 log = logging.getLogger(__name__)
 
 DATA, INDEX = "activations.bin", "activations.index"
+# Key -> offset, tokens, checksum.
+_Rows = dict[bytes, tuple[int, int, int]]
 _ENTRY = np.dtype([("key", "S16"), ("offset", "<i8"), ("tokens", "<i4"), ("checksum", "<u8")])
 
 
@@ -62,6 +65,7 @@ class ActivationCache:
         *,
         limit_bytes: int | None = None,
         dtype: torch.dtype | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """Prepare; nothing is written yet.
 
@@ -69,7 +73,15 @@ class ActivationCache:
             folder: Where its two files lie; None: in the host's memory.
             limit_bytes: Most bytes of activations; None: half of what is free when it is first filled.
             dtype: What they are kept in; None: as computed.
+            processes: Those that share the files, and have the same examples: each computes some blocks, all read all.
+
+        Raises:
+            ValueError: Several processes would share the memory of one.
         """
+        if folder is None and processes.count > 1:
+            raise ValueError(
+                "savings.cache_store: memory is of one process; take disk (its files stay in the page cache while there is room)"
+            )
         self.depth = 0
         self.path: list[int] = []
         self.limit_bytes = limit_bytes
@@ -77,10 +89,10 @@ class ActivationCache:
         self._dtype = dtype
         self._computed: torch.dtype | None = None
         self._width = 0
-        # Key -> offset, tokens, checksum.
-        self._rows: dict[bytes, tuple[int, int, int]] = {}
+        self._rows: _Rows = {}
         self._store: FileStore | MemoryStore | None = None
         self._dropped = False
+        self._processes = processes
         self._reader: ThreadPoolExecutor | None = None
         # Of the last two batches that were read ahead, the row of each key, and the rows.
         self._ahead: deque[tuple[dict[bytes, int], Future[Tensor | None]]] = deque(maxlen=2)
@@ -105,10 +117,16 @@ class ActivationCache:
         """It has not been dropped."""
         return not self._dropped
 
+    def is_to_grow(self, depth: int) -> bool:
+        """Whether it holds less than the output of layer ``depth - 1``, and can; to be asked by all processes."""
+        return self._processes.any(self.usable and self.depth < depth)
+
     def grow(
         self, stack: Stack, depth: int, blocks: Iterable[Batch], *, around: Callable[[Any], Any], fingerprint: str
     ) -> None:
         """Keep the output of layer ``depth - 1``: from what is kept so far, or from the input if nothing is.
+
+        All processes call it; where one cannot go on, none does.
 
         Args:
             stack: The layers.
@@ -117,17 +135,21 @@ class ActivationCache:
             around: Wraps the computation of a block, ``with around(inputs): ...`` (a meter, autocast).
             fingerprint: Of all that the activations depend on beside the examples; see :meth:`resume`.
         """
-        if self._dropped:
+        if self._processes.any(self._dropped):
+            if not self._dropped:
+                self._drop("was dropped by another process")
             return
         assert depth > self.depth
         self._forget_ahead()
         try:
-            self._open()
-            grown: set[bytes] = set()
-            for block in blocks:
-                self._grow_block(stack, depth, block, around, grown)
+            self._together(self._create)
+            self.limit_bytes = self._processes.broadcast(self.limit_bytes)
+            computed: _Rows = {}
+            self._together(lambda: self._fill(stack, depth, blocks, around, computed))
+            for rows in self._processes.gather(computed):
+                self._rows.update(rows)
             self.depth, self.path = depth, [*self.path, depth]
-            self._write_index(fingerprint)
+            self._together(lambda: self._write_index(fingerprint))
         except OSError as error:
             self._drop(f"cannot be written ({error})")
         except _UnusableError as error:
@@ -151,14 +173,22 @@ class ActivationCache:
         """
         if self._folder is None or not path or self._dropped:
             return False
+        taken_up = self._take_up(self._folder, path, fingerprint)
+        if self._processes.any(not taken_up):
+            if taken_up:
+                self.close(keep=True)
+            return False
+        return True
+
+    def _take_up(self, folder: Path, path: Sequence[int], fingerprint: str) -> bool:
         try:
-            header, entries = _read_index(self._folder / INDEX)
+            header, entries = _read_index(folder / INDEX)
             computed = getattr(torch, header["computed"])
             here = fingerprint, list(path), str(self._dtype)
-            size = (self._folder / DATA).stat().st_size
+            size = (folder / DATA).stat().st_size
             if (header["fingerprint"], header["path"], header["dtype"]) != here or size < header["bytes"]:
                 return False
-            self._store = FileStore(self._folder / DATA, size=header["bytes"])
+            self._store = FileStore(folder / DATA, size=header["bytes"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
         self._rows = {
@@ -215,7 +245,7 @@ class ActivationCache:
             self._store.close()
             self._store = None
         self._rows, self.depth, self.path = {}, 0, []
-        if self._folder is not None and not keep:
+        if self._folder is not None and not keep and self._processes.is_main:
             # Its own files and no other: the folder may be one that holds more.
             for name in (DATA, INDEX, f".unfinished-{INDEX}"):
                 with suppress(OSError):
@@ -228,7 +258,20 @@ class ActivationCache:
         self.close()
         self._dropped = True
 
-    def _open(self) -> None:
+    def _together(self, do: Callable[[], None]) -> None:
+        """Do something that another process may fail at; then it fails here too."""
+        failure = None
+        try:
+            do()
+        except Exception as error:  # noqa: BLE001 - raised below, once the others know
+            failure = error
+        if self._processes.any(failure is not None):
+            raise failure or _UnusableError("could not be filled by another process")
+
+    def _create(self) -> None:
+        """Process 0 makes the files, before the others open them."""
+        if not self._processes.is_main:
+            return
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             # From here on until it is written anew the data are between two depths.
@@ -238,8 +281,35 @@ class ActivationCache:
         if self.limit_bytes is None:
             self.limit_bytes = _free_bytes(self._folder) // 2
 
+    def _fill(
+        self, stack: Stack, depth: int, blocks: Iterable[Batch], around: Callable[[Any], Any], computed: _Rows
+    ) -> None:
+        """Every process lays out all rows alike, and computes and writes those of its own blocks, into ``computed`` too."""
+        if self._store is None:
+            assert self._folder is not None
+            self._store = FileStore(self._folder / DATA, size=0)
+        grown: set[bytes] = set()
+        rank, count = self._processes.rank, self._processes.count
+        for number, block in enumerate(blocks):
+            if not self._width and count > 1:
+                self._learn_width(stack, depth, block, around)
+            self._grow_block(stack, depth, block, around, grown, computed if number % count == rank else None)
+
+    def _learn_width(self, stack: Stack, depth: int, block: Batch, around: Callable[[Any], Any]) -> None:
+        """How wide a row is, and of which dtype, from one of them."""
+        inputs = stack.select(block, [0])
+        with around(inputs):
+            hidden = stack.run(inputs, start=0, stop=depth)
+        self._computed, self._width = hidden.dtype, hidden.shape[-1]
+
     def _grow_block(
-        self, stack: Stack, depth: int, block: Batch, around: Callable[[Any], Any], grown: set[bytes]
+        self,
+        stack: Stack,
+        depth: int,
+        block: Batch,
+        around: Callable[[Any], Any],
+        grown: set[bytes],
+        computed: _Rows | None,
     ) -> None:
         """Keep a block's rows at the new depth, each example once.
 
@@ -249,6 +319,7 @@ class ActivationCache:
             block: The batch.
             around: Wraps the computation.
             grown: Keys of the examples that are at the new depth; those of this block are added.
+            computed: The entries of its rows are added; None: another process computes them, and room is left.
         """
         assert self._store is not None
         keys, lengths = make_keys(block), count_tokens(block)
@@ -261,6 +332,10 @@ class ActivationCache:
         # Nothing is computed that does not fit; how large a row is shows only with the first block.
         rows = self._fitting(rows, lengths) if self._width else rows
         if not rows:
+            return
+        if computed is None:
+            if not self.depth:
+                self._leave_room(keys, lengths, rows)
             return
         inputs = stack.select(block, rows)
         hidden = None
@@ -284,9 +359,16 @@ class ActivationCache:
             part = parts[row].contiguous().view(torch.uint8).numpy()
             at = self._rows[keys[row]][0] if self.depth else offset
             self._store.write(at, part)
-            self._rows[keys[row]] = (at, lengths[row], xxhash.xxh3_64_intdigest(part.data))
+            self._rows[keys[row]] = computed[keys[row]] = (at, lengths[row], xxhash.xxh3_64_intdigest(part.data))
             if not self.depth:
                 offset += part.nbytes
+
+    def _leave_room(self, keys: Sequence[bytes], lengths: Sequence[int], rows: Sequence[int]) -> None:
+        """Place rows that another process writes; it tells their checksums."""
+        assert self._store is not None and self._computed is not None
+        token_bytes = self._width * (self._dtype or self._computed).itemsize
+        for row in rows:
+            self._rows[keys[row]] = (self._store.extend(lengths[row] * token_bytes), lengths[row], 0)
 
     def _fitting(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Those of some rows for which there is room, the first ones first; what is kept already has its room."""
@@ -332,7 +414,7 @@ class ActivationCache:
         return hidden.to(self._computed)
 
     def _write_index(self, fingerprint: str) -> None:
-        if self._folder is None:
+        if self._folder is None or not self._processes.is_main:
             return
         assert isinstance(self._store, FileStore)
         self._store.sync()

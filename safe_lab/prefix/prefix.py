@@ -103,7 +103,7 @@ class Prefix:
             The depth, in layers.
         """
         self._look()
-        if self.depth and blocks is not None and self.cache is not None and self.cache.depth < self.depth:
+        if blocks is not None and self.cache is not None and self.cache.is_to_grow(self.depth):
             self._grow(self.depth, blocks, around)
         return self.depth
 

@@ -51,14 +51,18 @@ class FileStore:
     What was written not long ago is read from the page cache of the system, as a map would be.
     """
 
-    def __init__(self, path: Path, *, size: int = 0) -> None:
-        """Open a file, its first ``size`` bytes as they are.
+    def __init__(self, path: Path, *, size: int | None = None) -> None:
+        """Open a file.
+
+        Args:
+            path: The file.
+            size: Its first bytes that stay as they are; None: it begins empty.
 
         Raises:
             OSError: It cannot be opened.
         """
-        self.size = size
-        flags = os.O_RDWR | os.O_CREAT | (0 if size else os.O_TRUNC)
+        self.size = size or 0
+        flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if size is None else 0)
         self._descriptor = os.open(path, flags, 0o600)
         self._close = weakref.finalize(self, os.close, self._descriptor)
 

@@ -1,0 +1,284 @@
+"""Whole runs on several processes: the same training as on one, decided once, written once."""
+
+import json
+import logging
+
+import pytest
+import torch
+from parallel import in_processes
+from test_run import config_of
+from tiny import save_tiny_model, write_csv
+
+from safe_lab import run as runs
+from safe_lab.importance import METRICS
+from safe_lab.prefix import ActivationCache
+from safe_lab.prefix.store import FileStore
+from safe_lab.run_folder import RunFolder
+
+
+@pytest.fixture
+def tree(tiny_tree, tmp_path):
+    """A run without dropout, of which processes draw different numbers; of 41 examples, so that the last batch has one."""
+    folder = save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    tiny_tree["model"] = {"path": str(folder)}
+    tiny_tree["data"] |= {"path": str(write_csv(tmp_path / "uneven.csv", rows=50)), "max_train_samples": 41}
+    tiny_tree["training"] |= {"log_every": 1, "eval_batch_size": 4}
+    tiny_tree["freezing"] |= {"interval": 4}
+    return {"savings": {}, "memory": {}} | tiny_tree
+
+
+def train(config, **arguments):
+    """What a run comes to, and the weights that trained."""
+    built = []
+    build = runs.build
+
+    def keeping(*args):
+        built.append(build(*args))
+        return built[0]
+
+    runs.build = keeping
+    try:
+        result = runs.run(config, **arguments)
+    finally:
+        runs.build = build
+    trained = {name: p for name, p in built[0].model.named_parameters() if "lora_" in name or "modules_to_save" in name}
+    return result, {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def rows_of(config, file="metrics.jsonl", key="train/loss"):
+    return [row for row in RunFolder(config.run_folder).rows(file) if key in row]
+
+
+def assert_like_one(tree, *, count, **sections):
+    """Train on one process and on several, and hold them together; returns what the several came to."""
+    one = config_of(tree, variant="one", **sections)
+    many = config_of(tree, variant="many", **sections)
+    alone, weights_alone = train(one)
+    results, weights = zip(*in_processes(lambda processes: train(many), count=count), strict=True)
+
+    assert all(result == results[0] for result in results)
+    for others in weights[1:]:
+        assert all(torch.equal(others[name], weight) for name, weight in weights[0].items())
+    for name, weight in weights_alone.items():
+        torch.testing.assert_close(weights[0][name], weight, rtol=0, atol=1e-4)
+    losses = [[row["train/loss"] for row in rows_of(config)] for config in (one, many)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    events = [
+        [(row["step"], row["scoring"], row["units"]) for row in rows_of(config, "events.jsonl", "units")]
+        for config in (one, many)
+    ]
+    assert events[0] == events[1] != []
+    scores = [[row["score"] for row in rows_of(config, "importance.jsonl", "score")] for config in (one, many)]
+    if None not in scores[0]:
+        assert scores[1] == pytest.approx(scores[0], rel=1e-3, abs=1e-5)
+    assert results[0].metrics == pytest.approx(alone.metrics, abs=1e-5)
+    assert results[0].tokens == alone.tokens
+    assert results[0].frozen_depth == alone.frozen_depth
+    return results[0], alone
+
+
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_two_processes_train_and_freeze_as_one_does(metric, tree):
+    result, alone = assert_like_one(tree, count=2, freezing={"metric": metric})
+    assert result.processes["count"] == 2 and alone.processes["count"] == 1
+
+
+def test_four_processes_do_where_some_have_no_row_of_the_last_batch(tree):
+    assert_like_one(tree, count=4)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"savings": {"fold": False, "prefix": False}},
+        {"training": {"gradient_accumulation": 4}, "freezing": {"interval": 1}},
+        {
+            "savings": {"trim_padding": 2},
+            "memory": {"budget": "400KiB"},
+            "freezing": {"policy": "budget", "final_importance": 0.6},
+        },
+        {"freezing": {"policy": "random", "final_share": 0.7}},
+        {"freezing": {"warmup": "stable", "stable_share": 5.0}},
+    ],
+    ids=["plain", "accumulated", "everything", "random", "settled"],
+)
+def test_processes_agree_whatever_is_on(sections, tree):
+    assert_like_one(tree, count=2, **sections)
+
+
+@pytest.mark.parametrize("budget", [None, "2MiB"])
+def test_the_head_trains_on_where_all_units_are_frozen(budget, tree):
+    result, _ = assert_like_one(
+        tree, count=2, freezing={"normalize": "none", "final_threshold": 3.0}, memory={"budget": budget}
+    )
+    assert result.frozen_share == 1
+    head_bytes = 4 * (16 * 2 + 2)
+    assert result.processes["last_step_bytes"] == head_bytes < result.processes["first_step_bytes"]
+
+
+def test_bytes_that_go_between_processes_fall_with_the_live_adapters(tree):
+    config = config_of(tree)
+    in_processes(lambda processes: runs.run(config))
+    rows = rows_of(config)
+    for row in rows:
+        assert row["resources/gradient_bytes_per_step"] == 4 * row["freezing/trainable_parameters"]
+    assert rows[-1]["resources/gradient_bytes_per_step"] < rows[0]["resources/gradient_bytes_per_step"]
+
+
+def test_every_process_tells_what_it_used_and_the_result_what_all_did(tree):
+    config = config_of(tree)
+    result = in_processes(lambda processes: runs.run(config))[0]
+    by_process = RunFolder(config.run_folder).rows("processes.jsonl")
+    assert [(row["step"], row["process"]) for row in by_process[:4]] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    flops = [row["resources/flops/backward"] for row in by_process[-2:]]
+    assert rows_of(config)[-1]["resources/flops/backward"] == sum(flops)
+    assert result.resources["flops_by_phase"]["backward"] == sum(flops) > max(flops) > 0
+    for name in ("sum", "mean", "largest"):
+        assert result.processes[name]["flops"] > 0
+    assert result.processes["sum"]["flops"] == 2 * result.processes["mean"]["flops"] == result.resources["flops"]
+    assert result.processes["largest"]["memory_peak_bytes"] == result.resources["memory_peak_bytes"]
+    assert sum(result.resources["memory_peak_by_kind"].values()) == result.resources["memory_peak_bytes"]
+    assert json.loads((config.run_folder / "environment.json").read_text())["processes"] == 2
+
+
+def test_out_of_memory_on_one_process_halves_the_rows_on_all(tree):
+    config = config_of(tree, memory={"budget": "400KiB"})
+
+    def run_out(processes):
+        plain, calls = runs.loss_function, []
+
+        def loss_function(model, batch):
+            if model.training:
+                calls.append(len(batch["labels"]))
+            if processes.rank == 1 and len(calls) == 5:
+                raise torch.OutOfMemoryError("out of memory, for once")
+            return plain(model, batch)
+
+        runs.loss_function = loss_function
+        records = []
+        logging.getLogger("safe_lab.trainer").addFilter(lambda record: records.append(record.getMessage()) or True)
+        return train(config), [text for text in records if "memory ran out" in text]
+
+    ((first, weights), told), ((second, others), told_too) = in_processes(run_out)
+    assert len(told) == len(told_too) == 1 and "on another process" in told[0]
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    plain, _ = train(config_of(tree, variant="plain"))
+    assert first == second
+    assert first.metrics == pytest.approx(plain.metrics, abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_the_same_words(tree):
+    config = config_of(tree, training={"log_every": 3})
+
+    def blow_up(processes):
+        plain, calls = runs.loss_function, []
+
+        def loss_function(model, batch):
+            calls.append(model.training)
+            loss = plain(model, batch)
+            return loss * float("nan") if processes.rank == 1 and sum(calls) == 8 else loss
+
+        runs.loss_function = loss_function
+        with pytest.raises(FloatingPointError) as stopped:
+            runs.run(config)
+        return str(stopped.value)
+
+    first, second = in_processes(blow_up)
+    assert first == second and "the loss is nan at step 8" in first
+    assert [row["step"] for row in rows_of(config)] == [3, 6]
+    assert [path.name for path in (config.run_folder / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_examples_are_computed_once_for_a_cache_that_all_read(tree):
+    config = config_of(tree, savings={"keep_cache": True})
+    result = in_processes(lambda processes: runs.run(config))[0]
+    alone = runs.run(config_of(tree, variant="one", savings={"keep_cache": True}))
+    assert result.savings == alone.savings
+    # Each process learns by one row how wide a row is.
+    once = alone.resources["flops_by_phase"]["cache"]
+    assert once <= result.resources["flops_by_phase"]["cache"] < 1.3 * once
+    assert sorted(path.name for path in (config.run_folder / "cache").iterdir()) == [
+        "activations.bin",
+        "activations.index",
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_full_for_one_process_costs_all_of_them_the_cache_and_nothing_else(rank, tree):
+    config = config_of(tree)
+
+    def fill(processes):
+        def write(self, offset, data):
+            raise OSError(28, "No space left on device")
+
+        if processes.rank == rank:
+            FileStore.write = write
+        return runs.run(config)
+
+    results = in_processes(fill)
+    plain = runs.run(config_of(tree, variant="plain", savings={"cache": False}))
+    assert results[0] == results[1]
+    assert results[0].savings["cached_examples"] == 0
+    assert results[0].metrics == pytest.approx(plain.metrics, abs=1e-6)
+
+
+def test_a_cache_that_one_process_found_altered_is_dropped_by_all_at_the_next_freeze_event(tree):
+    config = config_of(tree, training={"epochs": 5})
+
+    def drop(processes):
+        if processes.rank == 1:
+            ActivationCache._read = lambda self, keys, columns: None
+        return runs.run(config)
+
+    results = in_processes(drop)
+    assert results[0] == results[1]
+    assert results[0].frozen_depth == 2
+    assert results[0].savings["cached_examples"] == 0
+
+
+def test_more_processes_than_examples_in_a_batch_are_refused(tree):
+    config = config_of(tree, training={"batch_size": 2})
+    with pytest.raises(AssertionError, match="batch_size is 2 of all processes together, and there are 3"):
+        in_processes(lambda processes: runs.run(config), count=3)
+
+
+def test_processes_with_other_weights_are_refused(tree, tmp_path):
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    configs = [config_of(tree), config_of(tree, model={"path": str(other)})]
+    with pytest.raises(AssertionError, match="other weights on process 1 than on process 0"):
+        in_processes(lambda processes: runs.run(configs[processes.rank]))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_run_goes_on_with_another_number_of_processes(count, tree):
+    """From the last step; what is not exact is said."""
+    whole = runs.run(config_of(tree, variant="whole"))
+    config = config_of(tree, variant="resumed")
+
+    def stop(processes):
+        save = runs.Trainer.save
+
+        def save_and_stop(self):
+            save(self)
+            if self.progress.step == 6:
+                raise KeyboardInterrupt
+
+        runs.Trainer.save = save_and_stop
+        try:
+            runs.run(config)
+        except KeyboardInterrupt:
+            return
+
+    def go_on(processes):
+        records = []
+        logging.getLogger("safe_lab.training_state").addFilter(
+            lambda record: records.append(record.getMessage()) or True
+        )
+        return runs.run(config, resume=True), records
+
+    in_processes(stop, count=2)
+    result, records = in_processes(go_on, count=count)[0]
+    assert any(f"the checkpoint is of 2 processes, and {count} go on" in text for text in records)
+    assert result.metrics == pytest.approx(whole.metrics, abs=1e-5)
+    assert [row["step"] for row in rows_of(config)] == list(range(1, 19))
+    assert result.tokens == whole.tokens
