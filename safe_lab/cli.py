@@ -110,16 +110,17 @@ def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
     _quiet_libraries()
     from safe_lab.console import Console, log_to
     from safe_lab.memory import is_out_of_memory
-    from safe_lab.processes import is_connection_lost
+    from safe_lab.processes import end_job, is_connection_lost
     from safe_lab.run import run
 
     console = Console(quiet=quiet or launch.rank() > 0)
-    log_to(console)
+    log_to(console, rank=launch.rank())
     goes_on = f"--resume goes on from the last checkpoint in {config.run_folder}"
     try:
         run(config, resume=resume, overwrite=overwrite, console=console)
     except run_folder.AlreadyFinishedError as finished:
-        _tell(finished)
+        if launch.rank() == 0:
+            print(finished, file=sys.stderr)
         return 0 if resume else BAD_INPUT
     except ConfigError as error:
         return _refuse(error)
@@ -131,10 +132,8 @@ def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
         return 1
     except (RuntimeError, MemoryError) as error:
         if is_connection_lost(error):
-            _tell(
-                f"stopped: another process of this job has ended, and the others with it; {goes_on}",
-                of_this_process=True,
-            )
+            cause = str(error).splitlines()[0]
+            _tell(f"stopped: another process of this job has ended ({cause}); {goes_on}", of_this_process=True)
         elif is_out_of_memory(error):
             _tell(
                 f"stopped: memory ran out ({error}); set memory.budget or a smaller batch; {goes_on}",
@@ -146,6 +145,7 @@ def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
     except KeyboardInterrupt:
         _tell(f"interrupted; {goes_on}")
         return INTERRUPTED
+    end_job()
     return 0
 
 

@@ -22,6 +22,8 @@ from safe_lab.freezing import Freezer, Scoring
 from safe_lab.resources import TRAINING
 from safe_lab.units import Unit
 
+# Loggers of what may go wrong on one process of several.
+_OF_ONE_PROCESS = ("safe_lab.prefix.cache", "safe_lab.trainer")
 # Share of padding from which a run points out what can be done about it.
 _MUCH_PADDING = 0.25
 
@@ -228,11 +230,23 @@ def _describe(effect: Mapping[str, int | None]) -> str:
     return ", ".join(parts)
 
 
-def log_to(console: Console) -> None:
-    """Show warnings of safe_lab on the console, without tearing the progress bar."""
+def log_to(console: Console, *, rank: int = 0) -> None:
+    """Show warnings of safe_lab, on the console without tearing the progress bar.
+
+    Args:
+        console: Quiet or not.
+        rank: Number of this process among those of the run; of all but 0 only what they alone may have met is shown.
+    """
     logger = logging.getLogger("safe_lab")
-    logger.handlers = [RichHandler(console=console.rich, show_time=False, show_path=False, markup=False)]
     logger.propagate = False
+    if rank:
+        handler: logging.Handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"process {rank}: %(levelname)s %(message)s"))
+        handler.addFilter(lambda record: record.name in _OF_ONE_PROCESS)
+    else:
+        shown = RichConsole(stderr=True, width=console.rich.width) if console.rich.quiet else console.rich
+        handler = RichHandler(console=shown, show_time=False, show_path=False, markup=False)
+    logger.handlers = [handler]
 
 
 def _tera(flops: int | None) -> str:

@@ -6,6 +6,7 @@ Nothing heavy is imported, so that what cannot work is refused before anything l
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 
 from safe_lab.section import ConfigError
@@ -32,6 +33,16 @@ def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
 def rank(environment: Mapping[str, str] = os.environ) -> int:
     """Number of this process among all, from 0."""
     return _read(environment, _RANKS, 0)
+
+
+def num_on_node(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes the launcher started on this machine."""
+    return _read(environment, ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1)
+
+
+def node(environment: Mapping[str, str] = os.environ) -> str:
+    """A name for this machine: torchrun's number for it, or else its own."""
+    return environment.get("GROUP_RANK") or socket.gethostname()
 
 
 def check(environment: Mapping[str, str] = os.environ) -> None:

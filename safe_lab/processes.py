@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# gloo's own words (torch 2.13).
-_CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error")
+# gloo's and NCCL's own words (torch 2.13).
+_CONNECTION_LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error"),
+    *("ncclRemoteError", "remote process exited", "NCCL communicator was aborted"),
+)
 
 Value = TypeVar("Value")
 
@@ -49,22 +52,21 @@ class Processes:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), None if device.type == "cpu" else device)
 
-    def on_node(self, local_rank: int) -> Processes:
+    def on_node(self, node: str) -> Processes:
         """Those on this machine, which share its disk.
 
         Args:
-            local_rank: Number of this process on its machine.
+            node: The machine's name.
         """
         if self.count == 1:
             return self
-        node = self.rank - local_rank
         nodes = self.gather(node)
         ours = None
         # Every process has to take part in the making of every group, in the same order.
-        for first in sorted(set(nodes)):
-            members = [rank for rank, its_node in enumerate(nodes) if its_node == first]
+        for name in dict.fromkeys(nodes):
+            members = [rank for rank, its_node in enumerate(nodes) if its_node == name]
             group = dist.new_group(members)
-            if first == node:
+            if name == node:
                 ours = Processes(members.index(self.rank), len(members), self.device, group)
         assert ours is not None
         return ours
@@ -112,12 +114,16 @@ class Processes:
 ALONE = Processes()
 
 
+def end_job() -> None:
+    """Take leave of the other processes, at the end of all."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_connection_lost(error: BaseException) -> bool:
     """Whether an error says that another process is not there any more.
 
     >>> is_connection_lost(RuntimeError("[gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:2943"))
     True
     """
-    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
-        return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _CONNECTION_LOST)

@@ -39,10 +39,10 @@ class Traffic:
 class Replicas:
     """Averages the gradients of what trains over the processes, and counts the bytes of it.
 
-    Overlapped, PyTorch's DistributedDataParallel does it while the backward pass runs. It waits for the gradients that trained
-    when it was made, and hands on those and no others: it is made anew whenever something freezes (:meth:`wrap`; pytorch #22049).
+    Overlapped, PyTorch's DistributedDataParallel does it while the backward pass runs. It waits for the gradients of all that
+    trained when it was made, and sends no others: it is made anew whenever something freezes (:meth:`wrap`; pytorch #22049).
     Otherwise they are averaged after it (:meth:`average`): a process that runs out of memory half-way can begin anew, since no
-    other waits for it in the middle of its own backward pass.
+    other waits for it in the middle of its own backward pass, and a weight that a pass does not use may lack a gradient.
 
     On one process there is nothing to do.
 
@@ -71,7 +71,11 @@ class Replicas:
         self.wrap()
 
     def wrap(self) -> None:
-        """Begin anew with what trains now; on all processes at the same step."""
+        """Begin anew with what trains now; on all processes at the same step.
+
+        DDP lays its buckets out by the order of the first backward pass, and of three processes or more the sums are rounded by
+        that layout: a run that is to have the bits of a resumed one begins anew where the other resumes.
+        """
         if not self._overlapped:
             return
         # The old one's hooks go with it, and must have gone before there are new ones.
@@ -86,6 +90,7 @@ class Replicas:
             gradient_as_bucket_view=True,
             # Copying all weights from process 0 once more would take longer than many steps.
             init_sync=False,
+            process_group=self._processes.group,
         )
         self.model.register_comm_hook(self._sent, _all_reduce)
 
@@ -98,9 +103,15 @@ class Replicas:
         """After the last backward pass of a step: average what has not been yet."""
         if self._overlapped or self._processes.count == 1:
             return
+        live = self._live
+        if not live:
+            return
+        # Where a pass goes through some of the weights only, they may be others on each process.
+        has_gradient = torch.tensor([float(p.grad is not None) for p in live], device=live[0].device)
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for parameter in self._live:
-            if parameter.grad is not None:
+        for parameter, used in zip(live, self._processes.sum(has_gradient).tolist(), strict=True):
+            if used:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for gradients in by_dtype.values():
             flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -23,14 +23,15 @@ class RandomStreams:
 
 
 def get_rng_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's streams (CPU and every CUDA device), as values ``weights_only`` loads."""
+    """State of Python's, NumPy's and torch's streams (CPU and the current CUDA device), as values ``weights_only`` loads."""
     numpy_state: Any = np.random.get_state(legacy=True)
     algorithm, keys, position, has_gauss, gauss = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (algorithm, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of this process's device alone: a resumed run may see others, or fewer.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -41,5 +42,5 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     algorithm, keys, *rest = state["numpy"]
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

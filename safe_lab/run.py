@@ -28,11 +28,11 @@ from safe_lab.config import Config, FreezingSection, TrainingSection
 from safe_lab.config import warnings as config_warnings
 from safe_lab.console import Console
 from safe_lab.data import Collator, Data, EpochBatchSampler, load_data
-from safe_lab.data.loaders import build_eval_loader, build_probe, build_train_loader, iterate_blocks
+from safe_lab.data.loaders import build_eval_loader, build_probe, build_train_loader, hash_rows, iterate_blocks
 from safe_lab.environment import describe_environment
 from safe_lab.export import export
 from safe_lab.freezing import Freezer, FreezingRule
-from safe_lab.importance.probe import Batch
+from safe_lab.importance.probe import Batch, undisturbed
 from safe_lab.memory import Stage
 from safe_lab.micro_batches import MicroBatches
 from safe_lab.model import (
@@ -197,6 +197,11 @@ def build_accelerator(settings: TrainingSection) -> Accelerator:
             f"{accelerator.distributed_type.value} is not supported; safe_lab trains on one process, or on several with a copy "
             "of the model each: accelerate launch --multi_gpu"
         )
+    if accelerator.device.type == "cuda" and launch.num_on_node() > torch.cuda.device_count():
+        raise ValueError(
+            f"{launch.num_on_node()} processes on this machine, and it has {torch.cuda.device_count()} GPUs: start as many "
+            "(accelerate launch --num_processes N)"
+        )
     return accelerator
 
 
@@ -208,10 +213,7 @@ def build(
     set_seed(config.seed)
 
     base, attached, tokenizer, data = load_parts(config)
-    fingerprints = processes.gather(attached.base_fingerprint)
-    if len(set(fingerprints)) > 1:
-        other = next(rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0])
-        raise ValueError(f"model.path gives other weights on process {other} than on process 0: {config.model.path}")
+    _check_alike(config, attached, data, processes)
     if config.model.gradient_checkpointing:
         checkpoint_gradients(base)
 
@@ -234,8 +236,7 @@ def build(
     # On its device and in its precision; how gradients come together is for Replicas.
     model = accelerator.prepare_model(attached.model, evaluation_mode=True)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
-    replicas = Replicas(model, processes, overlapped=config.memory.budget is None)
-    # What of a batch falls to one process, for all that is predicted.
+    # What of a batch falls to one process, which is what has to fit.
     of_one = config.model_copy(
         update={
             "training": config.training.model_copy(
@@ -263,7 +264,10 @@ def build(
             data.train,
             collate,
             num_samples=config.freezing.probe_samples,
-            max_batch_size=config.training.eval_batch_size if planner is None else planner.largest_batch,
+            # Of which each process runs its share.
+            max_batch_size=config.training.eval_batch_size
+            if planner is None
+            else planner.largest_batch * processes.count,
             seed=config.seed,
         )
     ]
@@ -271,9 +275,11 @@ def build(
     units = find_units(
         model, lambda: model(**{key: value[:1] for key, value in probe[0].items()}), config.freezing.unit
     )
+    overlapped = config.memory.budget is None and (processes.count == 1 or uses_all_that_trains(model, probe[0]))
+    replicas = Replicas(model, processes, overlapped=overlapped)
     meter = Meter(clock, energy, model, optimizer)
     prefix = build_prefix(config, model, units, probe[0], accelerator, folder, processes)
-    predicted = predict_savings(of_one, num_labels) if config.freezing.policy == "budget" else None
+    predicted = predict_savings(config, num_labels) if config.freezing.policy == "budget" else None
     with meter.activity("scoring"):
         freezer = Freezer(
             model,
@@ -375,6 +381,38 @@ def build(
     return Parts(processes, tokenizer, data, model, attached.initial, freezer, savings, meter, tracking, trainer)
 
 
+def _check_alike(config: Config, attached: Attached, data: Data, processes: Processes) -> None:
+    """Hold what each process has read by itself against what process 0 has.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if processes.count == 1:
+        return
+    settings = config.model_dump(mode="json", exclude={"output_dir": True, "model": {"path"}, "data": {"path"}})
+    # A hash of what the rows hold, and not the library's own, which is of how they came to be.
+    read = {
+        "the configuration": to_json(settings),
+        f"the weights behind model.path, {config.model.path},": attached.base_fingerprint,
+        **{
+            f"the {split} split": hash_rows(rows) for split, rows in {"training": data.train, **data.validation}.items()
+        },
+    }
+    for rank, other in enumerate(processes.gather(read)):
+        for what, found in other.items():
+            if found != read.get(what):
+                raise ValueError(f"{what} is not on process {rank} what it is on process {processes.rank}")
+
+
+def uses_all_that_trains(model: nn.Module, batch: Batch) -> bool:
+    """Whether the loss of a batch depends on every weight that trains."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with undisturbed(model), torch.enable_grad():
+        loss = loss_function(model, {name: tensor[:1] for name, tensor in batch.items()})
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    return all(gradient is not None for gradient in gradients)
+
+
 def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTokenizerBase, Data]:
     """Base model, the same with adapters, tokenizer and data; what is new in the model is drawn from the global seed."""
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
@@ -459,8 +497,9 @@ def build_prefix(
     cache = None
     if settings.cache:
         # Those on one machine share its files; no disk is asked to be common to several.
-        node = processes.on_node(accelerator.local_process_index)
-        name = "cache" if node.rank == processes.rank else f"cache-{processes.rank - node.rank}"
+        node = processes.on_node(launch.node())
+        first = node.broadcast(processes.rank)
+        name = f"cache-{first}" if first else "cache"
         cache = ActivationCache(
             folder.path / name if settings.cache_store == "disk" else None,
             limit_bytes=None if settings.cache_limit is None else parse_bytes(settings.cache_limit),

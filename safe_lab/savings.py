@@ -156,7 +156,7 @@ class Savings:
             "folding": folding,
             "path": list(cache.path),
             "limit_bytes": cache.limit_bytes,
-            "usable": cache.usable,
+            "usable": cache.is_usable_by_all(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

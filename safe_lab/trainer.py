@@ -319,6 +319,8 @@ class Trainer:
             self._count_tokens()
             self._weights.check(self.progress.step)
             self._state.save(self.progress.step, keep=self._settings.keep_checkpoints)
+            # As a run that is resumed from here does.
+            self._replicas.wrap()
 
     def resume(self) -> bool:
         """Go on from the newest whole checkpoint; False if there is none, and the run starts anew.

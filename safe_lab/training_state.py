@@ -59,11 +59,12 @@ class TrainingState:
 
     def save(self, step: int, *, keep: int) -> None:
         """Write a checkpoint, whole or not at all, and drop all but the newest ``keep``; called by all processes."""
-        by_process = self._processes.gather(_states(self._own_parts))
+        # On all of them, as a part may ask the others.
+        shared, by_process = _states(self._parts), self._processes.gather(_states(self._own_parts))
         if not self._processes.is_main:
             return
         state = {
-            **_states(self._parts),
+            **shared,
             "processes": by_process,
             "rows": self._folder.sizes(),
             "base_fingerprint": self._base_fingerprint,

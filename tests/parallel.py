@@ -24,7 +24,7 @@ def in_processes(function, *, count=2):
         pipes, started = [], []
         for rank in range(count):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_run, args=(function, rank, count, f"{folder}/store", theirs), daemon=True)
+            process = context.Process(target=_run, args=(function, rank, count, f"{folder}/store", theirs))
             process.start()
             theirs.close()
             pipes.append(ours)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from parallel import free_port
@@ -241,3 +242,38 @@ def test_machines_need_no_disk_in_common(nodes, tiny_tree, tmp_path):
     assert [path.name for path in second.iterdir()] == ["cache-2"]
     rows = [(folder / "activations.bin").read_bytes() for folder in (first / "cache", second / "cache-2")]
     assert rows[0] == rows[1] != b""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_as_many_processes_as_gpus_train_through_nccl(tiny_tree, tmp_path):
+    """On one GPU this is one process with NCCL set up: devices, object exchange and checkpoints go through it all the same."""
+    count = torch.cuda.device_count()
+    launcher = [word.replace("--nproc_per_node=2", f"--nproc_per_node={count}") for word in TORCHRUN]
+    code, output = finish(start(tmp_path, tiny_tree, launcher=launcher), seconds=300)
+    assert code == 0, output
+    result = json.loads((tmp_path / "runs" / "tiny" / "default" / "seed-0" / "result.json").read_text())
+    assert result["processes"]["count"] == count
+    code, output = finish(
+        start(tmp_path, tiny_tree, launcher=[*launcher[:-1], "--nproc_per_node=64", launcher[-1]]), seconds=300
+    )
+    assert code != 0 and "start as many" in output
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [
+        (0, {"of the cache", "of the run"}),
+        (1, {"process 1: WARNING of the cache"}),
+    ],
+)
+def test_warnings_are_shown_once_and_those_of_one_process_by_it_quiet_or_not(rank, told):
+    program = (
+        "import logging\n"
+        "from safe_lab.console import Console, log_to\n"
+        f"log_to(Console(quiet=True), rank={rank})\n"
+        "logging.getLogger('safe_lab.prefix.cache').warning('of the cache')\n"
+        "logging.getLogger('safe_lab.run').warning('of the run')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {line.removeprefix("WARNING").strip() for line in done.stderr.splitlines()} == told

@@ -6,12 +6,13 @@ import logging
 import pytest
 import torch
 from parallel import in_processes
-from test_run import config_of
+from test_run import bits, config_of
 from tiny import save_tiny_model, write_csv
 
 from safe_lab import run as runs
 from safe_lab.importance import METRICS
 from safe_lab.prefix import ActivationCache
+from safe_lab.prefix.stack import Stack, UnsupportedError
 from safe_lab.prefix.store import FileStore
 from safe_lab.run_folder import RunFolder
 
@@ -99,8 +100,14 @@ def test_four_processes_do_where_some_have_no_row_of_the_last_batch(tree):
         },
         {"freezing": {"policy": "random", "final_share": 0.7}},
         {"freezing": {"warmup": "stable", "stable_share": 5.0}},
+        {
+            "training": {"gradient_accumulation": 2},
+            "savings": {"trim_padding": 2},
+            "freezing": {"interval": 2, "policy": "budget", "final_importance": 0.6, "budget_saves": "bytes"},
+        },
+        {"model": {"gradient_checkpointing": True}, "training": {"num_workers": 1}},
     ],
-    ids=["plain", "accumulated", "everything", "random", "settled"],
+    ids=["plain", "accumulated", "everything", "random", "settled", "trimmed", "checkpointed"],
 )
 def test_processes_agree_whatever_is_on(sections, tree):
     assert_like_one(tree, count=2, **sections)
@@ -245,8 +252,89 @@ def test_more_processes_than_examples_in_a_batch_are_refused(tree):
 def test_processes_with_other_weights_are_refused(tree, tmp_path):
     other = save_tiny_model(tmp_path / "other", seed=1)
     configs = [config_of(tree), config_of(tree, model={"path": str(other)})]
-    with pytest.raises(AssertionError, match="other weights on process 1 than on process 0"):
+    with pytest.raises(AssertionError, match="weights behind model.path.* is not on process 1 what it is on process 0"):
         in_processes(lambda processes: runs.run(configs[processes.rank]))
+
+
+@pytest.mark.parametrize(
+    ("sections", "what"),
+    [
+        ({"training": {"epochs": 4}}, "the configuration"),
+        ({"data": {"max_train_samples": 40}}, "the configuration"),
+        ({"data": {"path": "other.csv"}}, "the training split"),
+        ({"output_dir": "elsewhere"}, None),
+    ],
+)
+def test_processes_with_other_settings_or_texts_are_refused(sections, what, tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "other.csv", rows=50, seed=1)
+    configs = [config_of(tree), config_of(tree, **sections)]
+    if what is None:
+        first, second = in_processes(lambda processes: runs.run(configs[processes.rank]))
+        assert first == second
+        return
+    with pytest.raises(AssertionError, match=f"{what} is not on process 1 what it is on process 0"):
+        in_processes(lambda processes: runs.run(configs[processes.rank]))
+
+
+def test_weights_that_a_pass_does_not_use_are_no_obstacle(tree):
+    """An adapter of the pooler, which a head that reads the first token directly goes past."""
+    tree["adapter"] |= {"target_modules": "all-linear"}
+    plain = runs.loss_function
+
+    def past_the_pooler(model, batch):
+        inside = getattr(model, "module", model)
+        hidden = inside.base_model.model.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state[:, 0]
+        return torch.nn.functional.cross_entropy(inside.base_model.model.classifier(hidden), batch["labels"])
+
+    runs.loss_function = past_the_pooler
+    try:
+        assert_like_one(tree, count=2, savings={"prefix": False}, freezing={"metric": "update_norm"})
+    finally:
+        runs.loss_function = plain
+
+
+def test_frozen_layers_that_one_process_cannot_skip_are_skipped_by_none(tree):
+    config = config_of(tree, training={"epochs": 5})
+
+    def fail(processes):
+        look = Stack.look
+
+        def look_or_fail(self, forward):
+            if processes.rank == 1 and self.num_frozen:
+                raise UnsupportedError("not on this one")
+            return look(self, forward)
+
+        Stack.look = look_or_fail
+        return runs.run(config)
+
+    first, second = in_processes(fail)
+    assert first == second
+    assert first.frozen_depth == 2 and first.savings["prefix_depth"] == 0
+
+
+def test_three_processes_resume_to_the_bits_of_a_run_left_alone(tree):
+    """Of three the order of a sum shows in its bits, and with it where in DDP's buckets a gradient lies."""
+    whole, resumed = (config_of(tree, variant=variant, training={"epochs": 5}) for variant in ("whole", "resumed"))
+
+    def stop(processes):
+        save = runs.Trainer.save
+
+        def save_and_stop(self):
+            save(self)
+            if self.progress.step == 12:
+                raise KeyboardInterrupt
+
+        runs.Trainer.save = save_and_stop
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(resumed)
+
+    in_processes(lambda processes: runs.run(whole), count=3)
+    in_processes(stop, count=3)
+    in_processes(lambda processes: runs.run(resumed, resume=True), count=3)
+    ours, theirs = (bits(config.run_folder) for config in (whole, resumed))
+    assert ours[0] == theirs[0]
+    assert ours[1] == theirs[1]
 
 
 @pytest.mark.parametrize("count", [1, 3])

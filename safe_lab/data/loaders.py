@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -83,6 +85,19 @@ def iterate_blocks(datasets: Iterable[Any], collate: Collate, rows: int) -> Iter
         order = order_by_length(dataset["length"])
         for start in range(0, len(order), rows):
             yield collate([dataset[i] for i in order[start : start + rows]])
+
+
+def hash_rows(dataset: Any) -> str:
+    """A hash of what a split holds: tokens, labels and lengths, row by row."""
+    digest = xxhash.xxh3_128()
+    for start in range(0, len(dataset), 1000):
+        columns = dataset[start : start + 1000]
+        for name in sorted(columns):
+            values = columns[name]
+            rows = [np.asarray(value) for value in values] if isinstance(values[0], list) else [np.asarray(values)]
+            digest.update(f"{name} {[len(row) for row in rows]}".encode())
+            digest.update(np.concatenate(rows).tobytes())
+    return digest.hexdigest()
 
 
 def order_by_length(lengths: Sequence[int]) -> list[int]:

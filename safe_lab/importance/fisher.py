@@ -48,7 +48,7 @@ def score(probe: Probe, *, source: str = "probe", weighted: bool = False) -> lis
         ]
     num_examples = probe.count_examples()
     with differentiable(probe.units) as parameters:
-        totals = {parameter: torch.zeros((), device=parameter.device) for parameter in parameters}
+        totals = {parameter: widened(parameter.detach()).new_zeros(()) for parameter in parameters}
         for batch in probe.batches:
             for i in range(count_examples(batch)):
                 example = {name: tensor[i : i + 1] for name, tensor in batch.items()}

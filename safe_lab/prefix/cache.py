@@ -117,6 +117,14 @@ class ActivationCache:
         """It has not been dropped."""
         return not self._dropped
 
+    def is_usable_by_all(self) -> bool:
+        """Whether no process has dropped it; to be asked by all."""
+        return not self._processes.any(self._dropped)
+
+    def smallest(self, depth: int) -> int:
+        """The smallest depth that a process gives; to be asked by all."""
+        return min(self._processes.gather(depth))
+
     def is_to_grow(self, depth: int) -> bool:
         """Whether it holds less than the output of layer ``depth - 1``, and can; to be asked by all processes."""
         return self._processes.any(self.usable and self.depth < depth)
@@ -135,7 +143,7 @@ class ActivationCache:
             around: Wraps the computation of a block, ``with around(inputs): ...`` (a meter, autocast).
             fingerprint: Of all that the activations depend on beside the examples; see :meth:`resume`.
         """
-        if self._processes.any(self._dropped):
+        if not self.is_usable_by_all():
             if not self._dropped:
                 self._drop("was dropped by another process")
             return
@@ -171,7 +179,7 @@ class ActivationCache:
             path: The depths through which it must have come.
             fingerprint: As given to :meth:`grow`, of the model as it stands now.
         """
-        if self._folder is None or not path or self._dropped:
+        if self._folder is None or not path or not self.is_usable_by_all():
             return False
         taken_up = self._take_up(self._folder, path, fingerprint)
         if self._processes.any(not taken_up):

@@ -102,7 +102,7 @@ class Prefix:
         Returns:
             The depth, in layers.
         """
-        self._look()
+        self._look_together()
         if blocks is not None and self.cache is not None and self.cache.is_to_grow(self.depth):
             self._grow(self.depth, blocks, around)
         return self.depth
@@ -114,7 +114,7 @@ class Prefix:
             path: :attr:`ActivationCache.path` at that time.
             blocks: Gives what :meth:`update` was given.
         """
-        self._look()
+        self._look_together()
         if self.cache is None or self._stack is None or not path:
             return
         if not self.cache.resume(path, self._fingerprint(path[-1])):
@@ -244,6 +244,16 @@ class Prefix:
                 yield
 
         self.cache.grow(stack, depth, right_padded(), around=around_block, fingerprint=self._fingerprint(depth))
+
+    def _look_together(self) -> None:
+        """Find the depth, the same for all processes that share a cache."""
+        self._look()
+        if self.cache is None:
+            return
+        depth = self.cache.smallest(self.depth if self._stack is not None else -1)
+        if depth < 0 and self._stack is not None:
+            self._leave_alone("another process cannot")
+        self.depth = max(depth, 0)
 
     def _look(self) -> None:
         """Find the depth, and make sure that the model's output is the same when the prefix is skipped."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# By the first part of a key: what processes add up to. Time and means are averaged, and of all else the largest counts.
+# By the first part of a key: what processes add up to; what is averaged; what process 0 tells, as all keep step with it and it
+# has taken part from the start. Of all else the largest counts.
 _ADDED = {
     "flops",
     "flops_by_phase",
@@ -16,13 +17,13 @@ _ADDED = {
     "scaled_micro_steps",
 }
 _AVERAGED = {
-    "seconds",
     "memory_mean_bytes",
     "memory_mean_by_kind",
     "memory_mean_step_peak_bytes",
     "activations_mean_bytes",
     "step_memory_mean_bytes",
 }
+_OF_PROCESS_0 = {"seconds", "wall_seconds"}
 # What goes with the highest peak: the figures of the process that has it.
 _OF_THE_HIGHEST = {
     "memory_peak_bytes": ("memory_peak_in", "memory_peak_by_kind"),
@@ -33,14 +34,14 @@ _OF_THE_HIGHEST = {
 def combine(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the figures of all processes come to: the one process's own, if there is but one.
 
-    FLOPs, CPU seconds, joules and counts are added up; seconds by activity and means over time are averaged; peaks and wall
-    seconds are those of the process with the largest, and what a peak consists of belongs to the process that has it.
+    FLOPs, CPU seconds, joules and counts are added up; means over time are averaged; seconds are process 0's; peaks are the
+    largest, and what a peak consists of belongs to the process that has it.
 
     Args:
         figures: Of each process, with the same keys; numbers, None, or mappings of them.
 
     >>> combine([{"flops": 3, "wall_seconds": 5, "seconds/data": 1.0}, {"flops": 4, "wall_seconds": 9, "seconds/data": 2.0}])
-    {'flops': 7, 'wall_seconds': 9, 'seconds/data': 1.5}
+    {'flops': 7, 'wall_seconds': 5, 'seconds/data': 1.0}
     """
     first, *others = figures
     if not others:
@@ -65,8 +66,11 @@ def combine(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def spread(figures: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Sum, mean and largest of every number over the processes, by its key; those within a mapping as ``key/name``."""
-    flat = [dict(_flatten(process)) for process in figures]
-    columns = {key: [process[key] for process in flat] for key in flat[0]}
+    columns: dict[str, list[float]] = {}
+    for process in figures:
+        # One may lack what another has: a counter of joules, a mean over time that it took no part in.
+        for key, value in _flatten(process):
+            columns.setdefault(key, []).append(value)
     return {
         "sum": {key: sum(values) for key, values in columns.items()},
         "mean": {key: sum(values) / len(values) for key, values in columns.items()},
@@ -77,6 +81,8 @@ def spread(figures: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 def _rule(group: str) -> Callable[[list[Any]], Any]:
     if group in _ADDED:
         return sum
+    if group in _OF_PROCESS_0:
+        return lambda values: values[0]
     return (lambda values: sum(values) / len(values)) if group in _AVERAGED else max
 
 
