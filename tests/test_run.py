@@ -48,8 +48,9 @@ def config_of(tree, **sections):
     return configuration.build(tree | changed)
 
 
-def bits(folder):
-    """All that must be the same in two runs of the same bits."""
+def bits(folder, *, with_bytes=True):
+    """All that must be the same in two runs of the same bits; without live bytes, of which DDP frees some on another thread."""
+    ignored = CLOCK if with_bytes else (*CLOCK, "resources/step_memory", "resources/memory")
     result = json.loads((folder / "result.json").read_text())
     result.pop("seconds")
     if result["unfrozen_forecast"]:
@@ -58,11 +59,11 @@ def bits(folder):
     result["processes"] = {key: value for key, value in result["processes"].items() if isinstance(value, int)}
     resources = result.pop("resources")
     result["resources"] = {
-        name: value for name, value in resources.items() if not f"resources/{name}".startswith(CLOCK)
+        name: value for name, value in resources.items() if not f"resources/{name}".startswith(ignored)
     }
     rows = {
         file: [
-            {key: value for key, value in row.items() if not key.startswith(CLOCK)}
+            {key: value for key, value in row.items() if not key.startswith(ignored)}
             for row in RunFolder(folder).rows(file)
         ]
         for file in ("metrics.jsonl", "importance.jsonl", "events.jsonl")
