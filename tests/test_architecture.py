@@ -29,6 +29,7 @@ LAYERS = [
     {"savings", "tracking", "losses", "micro_batches", "training_state"},
     {"console"},
     {"trainer"},
+    {"build"},
     {"run"},
     {"bench"},
     {"cli"},
@@ -37,7 +38,7 @@ LAYERS = [
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # The paper's part works without configuration, trainer or tracker.
 PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest", "processes"}
-ONLY_IN = {"accelerate": {"trainer", "run", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
+ONLY_IN = {"accelerate": {"trainer", "build", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
 
 
 def imports():

@@ -9,6 +9,7 @@ from parallel import in_processes
 from test_run import bits, config_of
 from tiny import save_tiny_model, write_csv
 
+from safe_lab import build as building
 from safe_lab import run as runs
 from safe_lab.importance import METRICS
 from safe_lab.prefix import ActivationCache
@@ -152,7 +153,7 @@ def test_out_of_memory_on_one_process_halves_the_rows_on_all(tree):
     config = config_of(tree, memory={"budget": "400KiB"})
 
     def run_out(processes):
-        plain, calls = runs.loss_function, []
+        plain, calls = building.loss_function, []
 
         def loss_function(model, batch):
             if model.training:
@@ -161,7 +162,7 @@ def test_out_of_memory_on_one_process_halves_the_rows_on_all(tree):
                 raise torch.OutOfMemoryError("out of memory, for once")
             return plain(model, batch)
 
-        runs.loss_function = loss_function
+        building.loss_function = loss_function
         records = []
         logging.getLogger("safe_lab.trainer").addFilter(lambda record: records.append(record.getMessage()) or True)
         return train(config), [text for text in records if "memory ran out" in text]
@@ -178,14 +179,14 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_the_same_words(
     config = config_of(tree, training={"log_every": 3})
 
     def blow_up(processes):
-        plain, calls = runs.loss_function, []
+        plain, calls = building.loss_function, []
 
         def loss_function(model, batch):
             calls.append(model.training)
             loss = plain(model, batch)
             return loss * float("nan") if processes.rank == 1 and sum(calls) == 8 else loss
 
-        runs.loss_function = loss_function
+        building.loss_function = loss_function
         with pytest.raises(FloatingPointError) as stopped:
             runs.run(config)
         return str(stopped.value)
@@ -280,18 +281,18 @@ def test_processes_with_other_settings_or_texts_are_refused(sections, what, tree
 def test_weights_that_a_pass_does_not_use_are_no_obstacle(tree):
     """An adapter of the pooler, which a head that reads the first token directly goes past."""
     tree["adapter"] |= {"target_modules": "all-linear"}
-    plain = runs.loss_function
+    plain = building.loss_function
 
     def past_the_pooler(model, batch):
         inside = getattr(model, "module", model)
         hidden = inside.base_model.model.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state[:, 0]
         return torch.nn.functional.cross_entropy(inside.base_model.model.classifier(hidden), batch["labels"])
 
-    runs.loss_function = past_the_pooler
+    building.loss_function = past_the_pooler
     try:
         assert_like_one(tree, count=2, savings={"prefix": False}, freezing={"metric": "update_norm"})
     finally:
-        runs.loss_function = plain
+        building.loss_function = plain
 
 
 def test_frozen_layers_that_one_process_cannot_skip_are_skipped_by_none(tree):
@@ -318,14 +319,14 @@ def test_three_processes_resume_to_the_bits_of_a_run_left_alone(tree):
     whole, resumed = (config_of(tree, variant=variant, training={"epochs": 5}) for variant in ("whole", "resumed"))
 
     def stop(processes):
-        save = runs.Trainer.save
+        save = building.Trainer.save
 
         def save_and_stop(self):
             save(self)
             if self.progress.step == 12:
                 raise KeyboardInterrupt
 
-        runs.Trainer.save = save_and_stop
+        building.Trainer.save = save_and_stop
         with pytest.raises(KeyboardInterrupt):
             runs.run(resumed)
 
@@ -344,14 +345,14 @@ def test_a_run_goes_on_with_another_number_of_processes(count, tree):
     config = config_of(tree, variant="resumed")
 
     def stop(processes):
-        save = runs.Trainer.save
+        save = building.Trainer.save
 
         def save_and_stop(self):
             save(self)
             if self.progress.step == 6:
                 raise KeyboardInterrupt
 
-        runs.Trainer.save = save_and_stop
+        building.Trainer.save = save_and_stop
         try:
             runs.run(config)
         except KeyboardInterrupt:

@@ -115,7 +115,7 @@ def test_base_weights_have_their_bits_after_a_run_whether_it_ends_or_fails(fails
             raise FloatingPointError("on purpose")
         return advance(self)
 
-    monkeypatch.setattr("safe_lab.run.attach", remember)
+    monkeypatch.setattr("safe_lab.build.attach", remember)
     if fails:
         monkeypatch.setattr(Trainer, "_advance", fail)
         with pytest.raises(FloatingPointError, match="on purpose"):
@@ -351,7 +351,7 @@ def test_running_out_of_memory_halves_the_rows_once_a_stage_and_keeps_the_batch(
             raise torch.OutOfMemoryError("no room")
         return loss
 
-    monkeypatch.setattr("safe_lab.run.loss_function", short)
+    monkeypatch.setattr("safe_lab.build.loss_function", short)
     result, other, _ = trained(tiny_tree, "short", **sections)
     assert sum("memory ran out" in record.message for record in caplog.records) >= 1
     assert (result.steps, result.tokens) == (plain.steps, plain.tokens)
@@ -366,7 +366,7 @@ def test_running_out_of_memory_twice_in_a_stage_ends_the_run(tiny_tree, monkeypa
 
         return model.loss_function(network, batch)
 
-    monkeypatch.setattr("safe_lab.run.loss_function", never)
+    monkeypatch.setattr("safe_lab.build.loss_function", never)
     with pytest.raises(torch.OutOfMemoryError, match="no room at all"):
         trained(tiny_tree, "never", memory={"budget": "1GiB"})
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
+from safe_lab.build import count_steps, load_parts
 from safe_lab.config import Config
 from safe_lab.data import Collator, EpochBatchSampler, Task, compute_metrics
 from safe_lab.resources import Clock, EnergyMeter, Meter
 from safe_lab.rng import get_rng_state, set_rng_state
-from safe_lab.run import count_steps, load_parts
 
 
 def train(config: Config) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def build_subject(config: Config, *, num_labels: int | None = None, fake: bool =
 
 
 def _build(config: Config, mode: FakeTensorMode | None) -> Subject:
-    """Everything as :func:`safe_lab.run.build` does it, less data and weights; without ``mode`` on real tensors."""
+    """Everything as :func:`safe_lab.build.build` does it, less data and weights; without ``mode`` on real tensors."""
     adapter, notes = _without_weights(config.adapter)
     num_labels = _num_labels(config)
     device = "cpu" if mode is None else "meta"
