@@ -22,6 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from safe_lab.sharding import gathered
 from safe_lab.suggest import did_you_mean
 from safe_lab.units import Unit
 
@@ -125,6 +126,15 @@ def _belongs(model: nn.Module, name: str) -> bool:
         isinstance(model.get_submodule(".".join(parents[:i])), BaseTunerLayer | AuxiliaryTrainingWrapper)
         for i in range(1, len(parents))
     )
+
+
+def base_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the pre-trained model that stay as they are: in no adapter, nor in a module that trains in full."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and ("base_layer" in name.split(".") or not _belongs(model, name))
+    ]
 
 
 def build_peft_config(
@@ -334,7 +344,10 @@ def _delta_weights(layers: Sequence[Any]) -> Callable[[], Iterator[Tensor]] | No
     def deltas() -> Iterator[Tensor]:
         for layer in layers:
             for adapter in layer.active_adapters:
-                yield layer.get_delta_weight(adapter).detach()
+                # The update of some methods (PEANuT, DEFT) depends on the base weight.
+                with gathered(layer.get_base_layer()):
+                    delta = layer.get_delta_weight(adapter).detach()
+                yield delta
 
     # DoRA's magnitudes and trained biases are no part of what get_delta_weight gives.
     trained = [name for layer in layers for name, parameter in layer.named_parameters() if parameter.requires_grad]

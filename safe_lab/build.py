@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safe_lab import launch
-from safe_lab.adapters import Attached, attach, build_peft_config, find_units
+from safe_lab.adapters import Attached, attach, base_weights, build_peft_config, find_units
 from safe_lab.byte_size import parse_bytes
 from safe_lab.config import Config, FreezingSection, TrainingSection
 from safe_lab.console import Console
@@ -45,6 +45,7 @@ from safe_lab.replicas import Replicas
 from safe_lab.resources import Clock, EnergyMeter, Meter
 from safe_lab.run_folder import RunFolder, to_json
 from safe_lab.savings import Savings
+from safe_lab.sharding import shard
 from safe_lab.tracking import Tracking, start_trackers
 from safe_lab.trainer import Trainer
 from safe_lab.units import Unit
@@ -81,13 +82,14 @@ def build_accelerator(settings: TrainingSection) -> Accelerator:
     # Accelerate keeps its state for the life of the process; a second run would inherit precision and accumulation.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision.replace("none", "no"),
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        step_scheduler_with_optimizer=False,
-        # Without it torchrun's processes on a machine that has no GPU would each believe to be alone (accelerate 1.15).
-        cpu=launch.is_one_of_several() and not torch.accelerator.is_available(),
-    )
+    with launch.without_fsdp():
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision.replace("none", "no"),
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            step_scheduler_with_optimizer=False,
+            # Without it torchrun's processes on a machine that has no GPU would each believe to be alone (accelerate 1.15).
+            cpu=launch.is_one_of_several() and not torch.accelerator.is_available(),
+        )
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_CPU,
@@ -112,10 +114,16 @@ def build(
     clock, energy = Clock(accelerator.device), EnergyMeter(accelerator.device)
     set_seed(config.seed)
 
-    base, attached, tokenizer, data = load_parts(config)
+    with launch.without_fsdp():
+        base, attached, tokenizer, data = load_parts(config)
     _check_alike(config, attached, data, processes)
     if config.model.gradient_checkpointing:
         checkpoint_gradients(base)
+    sharded = launch.is_sharded() and processes.count > 1
+    if launch.is_sharded() and not sharded:
+        log.warning("FSDP has no effect on a single process: there is no other to keep a part of the weights")
+    if sharded:
+        _shard(config, attached, accelerator, processes)
 
     sampler = EpochBatchSampler(
         data.train["length"],
@@ -134,7 +142,7 @@ def build(
         num_training_steps=num_steps,
     )
     # On its device and in its precision; how gradients come together is for Replicas.
-    model = accelerator.prepare_model(attached.model, evaluation_mode=True)
+    model = accelerator.prepare_model(attached.model, device_placement=not sharded, evaluation_mode=True)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     # What of a batch falls to one process, which is what has to fit.
     of_one = config.model_copy(
@@ -169,16 +177,20 @@ def build(
             if planner is None
             else planner.largest_batch * processes.count,
             seed=config.seed,
+            multiple_of=processes.count if sharded else 1,
         )
     ]
     model.eval()
     units = find_units(
         model, lambda: model(**{key: value[:1] for key, value in probe[0].items()}), config.freezing.unit
     )
-    overlapped = config.memory.budget is None and (processes.count == 1 or uses_all_that_trains(model, probe[0]))
+    overlapped = (
+        config.memory.budget is None and not sharded and (processes.count == 1 or uses_all_that_trains(model, probe[0]))
+    )
     replicas = Replicas(model, processes, overlapped=overlapped)
     meter = Meter(clock, energy, model, optimizer)
-    prefix = build_prefix(config, model, units, probe[0], accelerator, folder, processes)
+    in_step = processes if sharded else ALONE
+    prefix = build_prefix(config, model, units, probe[0], accelerator, folder, processes, in_step)
     predicted = predict_savings(config, num_labels) if config.freezing.policy == "budget" else None
     with meter.activity("scoring"):
         freezer = Freezer(
@@ -198,7 +210,7 @@ def build(
         freezer,
         meter,
         prefix,
-        fold_tolerance=config.savings.fold_tolerance if config.savings.fold else None,
+        fold_tolerance=config.savings.fold_tolerance if config.savings.fold and not sharded else None,
         blocks=lambda: iterate_blocks([data.train, *data.validation.values()], collate, block_rows),
     )
     meter.keep(lambda: freezer.kept)
@@ -230,6 +242,7 @@ def build(
                     config.training.eval_batch_size,
                     rank=processes.rank,
                     num_processes=processes.count,
+                    equally_many=sharded,
                 )
                 for dataset in data.validation.values()
             ),
@@ -271,6 +284,7 @@ def build(
         micro_batches=MicroBatches(
             None if planner is None else partial(enter_stage, planner, savings, model),
             trim_padding=config.savings.trim_padding,
+            in_step=in_step,
         ),
         meter=meter,
         folder=folder,
@@ -294,6 +308,30 @@ def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTok
     )
     check_length(base, config.data.max_length)
     return base, attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads)), tokenizer, data
+
+
+def _shard(config: Config, attached: Attached, accelerator: Accelerator, processes: Processes) -> None:
+    """Spread the base weights over the processes.
+
+    Raises:
+        ValueError: They cannot be, or a setting does not go with it.
+    """
+    if config.memory.budget is not None:
+        raise ValueError(
+            "memory.budget plans with the whole model on each device, and FSDP keeps a part of it there: leave one of them out"
+        )
+    if config.savings.fold and config.freezing.policy != "none":
+        log.warning(
+            "savings.fold has no effect with FSDP, as no process has the whole base weight into which a frozen adapter's update "
+            "would go: frozen adapters run beside it"
+        )
+    shard(
+        attached.model,
+        base_weights(attached.model),
+        processes,
+        accelerator.device,
+        reshard_after_forward=launch.reshards_after_forward(),
+    )
 
 
 def _check_alike(config: Config, attached: Attached, data: Data, processes: Processes) -> None:
@@ -336,6 +374,7 @@ def build_prefix(
     accelerator: Accelerator,
     folder: RunFolder,
     processes: Processes,
+    in_step: Processes,
 ) -> Prefix | None:
     """The frozen prefix with its cache, as the ``savings`` section describes it; None: the model always runs whole."""
     settings = config.savings
@@ -353,6 +392,7 @@ def build_prefix(
             limit_bytes=None if settings.cache_limit is None else parse_bytes(settings.cache_limit),
             dtype=None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype),
             processes=node,
+            in_step=in_step,
         )
     return Prefix(model, units, probe_batch, loss_function, cache=cache, autocast=accelerator.autocast)
 

@@ -55,7 +55,8 @@ def evaluate(
                     output = model(**{name: tensor.to(device) for name, tensor in part.items()})
                 outputs.append((output.logits.float(), part["labels"], output.loss.float().expand(len(part["labels"]))))
             found.append(_join(outputs))
-        logits, labels, losses = _join(_in_turn(processes.gather(found)))
+        # What comes after all examples was measured so that all processes had as much to do.
+        logits, labels, losses = (part[: len(batches.dataset)] for part in _join(_in_turn(processes.gather(found))))
         if not logits.isfinite().all():
             raise FloatingPointError(
                 f"a prediction on split {split} is not finite, with weights that are: they have exploded"

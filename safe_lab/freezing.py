@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from safe_lab.importance import METRICS
-from safe_lab.importance.probe import Batch, LossFunction, Probe, share_of, undisturbed
+from safe_lab.importance.probe import Batch, LossFunction, Probe, count_examples, share_of, undisturbed
 from safe_lab.importance.update_norm import Initial
 from safe_lab.policy import POLICIES, PredictedSavings, State, frozen_depth, importance_shares, normalize
 from safe_lab.processes import ALONE, Processes
 from safe_lab.schedule import CURVES, is_settled, threshold
+from safe_lab.sharding import is_sharded
 from safe_lab.suggest import did_you_mean
 from safe_lab.units import Unit
 
@@ -159,10 +160,16 @@ class Freezer:
 
         Raises:
             ValueError: No units, savings of another number of units, or a metric that must switch single units off where
-                that does not give the pre-trained function (``reference_is_current``).
+                that does not give the pre-trained function (``reference_is_current``), or a sharded model and batches that the
+                processes cannot share equally.
         """
         if not units:
             raise ValueError("there are no units to freeze")
+        if is_sharded(model) and any(count_examples(batch) % processes.count for batch in batches):
+            raise ValueError(
+                f"each probe batch needs a multiple of {processes.count} examples: the model is sharded, so that all "
+                f"{processes.count} processes must run it equally often"
+            )
         if savings is not None and len(savings.elsewhere) != len(units):
             raise ValueError(f"savings are of {len(savings.elsewhere)} units, and there are {len(units)}")
         switches_off = rule.metric == "contribution" or rule.metric_options.get("reference") == "without_adapter"

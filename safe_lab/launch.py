@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from safe_lab.section import ConfigError
 
@@ -21,7 +22,12 @@ _REFUSED = {
         "ZeRO fixes which weights train when it starts, and freezing some of them later would free nothing",
     ),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "it brings models of its own, without PEFT's adapters"),
-    "ACCELERATE_USE_FSDP": ("FSDP", "scores, folding and checkpoints of sharded weights are not there yet"),
+}
+# What of FSDP has no counterpart here -> what to write instead.
+_REFUSED_OF_FSDP = {
+    "FSDP_OFFLOAD_PARAMS": "weights are not offloaded; fsdp_offload_params: false, and model.dtype: bfloat16 for half the bytes",
+    "FSDP_ACTIVATION_CHECKPOINTING": "what is recomputed is a setting of the run; fsdp_activation_checkpointing: false, and "
+    "model.gradient_checkpointing: true",
 }
 
 
@@ -45,6 +51,30 @@ def node(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get("GROUP_RANK") or socket.gethostname()
 
 
+def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher was told to spread the weights over the processes (FSDP)."""
+    return _is_on(environment, "ACCELERATE_USE_FSDP")
+
+
+def reshards_after_forward(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a sharded layer is given up after its forward pass, to be gathered anew for the backward pass."""
+    return environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+
+
+@contextmanager
+def without_fsdp() -> Iterator[None]:
+    """Inside, Accelerate and transformers are not told of FSDP.
+
+    They would shard what trains too, and leave the weights to process 0; :func:`safe_lab.sharding.shard` does otherwise.
+    """
+    before = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = before
+
+
 def check(environment: Mapping[str, str] = os.environ) -> None:
     """Whether safe_lab works the way it was started.
 
@@ -52,11 +82,27 @@ def check(environment: Mapping[str, str] = os.environ) -> None:
         ConfigError: It does not; the message says what does.
     """
     for variable, (name, reason) in _REFUSED.items():
-        if environment.get(variable, "").lower() in ("true", "1", "yes"):
+        if _is_on(environment, variable):
             raise ConfigError(
                 f"accelerate launch was told to use {name}, which is not supported: {reason}. Use accelerate launch --multi_gpu, "
-                "with a copy of the model on each GPU; memory.budget and bfloat16 make large models fit"
+                "with a copy of the model on each GPU (memory.budget and bfloat16 make large models fit), or FSDP2, with the "
+                "base weights spread over them (experiments/accelerate/fsdp2.yaml)"
             )
+    if not is_sharded(environment):
+        return
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(
+            f"accelerate launch was told to use FSDP {version}, which puts what trains and what does not into one; use FSDP2: "
+            "fsdp_version: 2, as in experiments/accelerate/fsdp2.yaml"
+        )
+    for variable, instead in _REFUSED_OF_FSDP.items():
+        if _is_on(environment, variable):
+            raise ConfigError(f"FSDP: {instead}")
+
+
+def _is_on(environment: Mapping[str, str], variable: str) -> bool:
+    return environment.get(variable, "").lower() in ("true", "1", "yes")
 
 
 def _read(environment: Mapping[str, str], names: tuple[str, ...], default: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from safe_lab.importance.probe import Batch
 from safe_lab.memory import Stage, halved, split_batch
+from safe_lab.processes import ALONE, Processes
 
 log = logging.getLogger(__name__)
 
@@ -18,15 +19,23 @@ class MicroBatches:
         has_halved: Memory ran out in this stage, and micro-batches have half as many rows since.
     """
 
-    def __init__(self, plan_stage: Callable[[Sequence[bool]], Stage] | None, *, trim_padding: int | None) -> None:
+    def __init__(
+        self,
+        plan_stage: Callable[[Sequence[bool]], Stage] | None,
+        *,
+        trim_padding: int | None,
+        in_step: Processes = ALONE,
+    ) -> None:
         """No stage has begun yet.
 
         Args:
             plan_stage: Micro-batches that fit the memory budget, from which units are frozen; None: there is no budget.
             trim_padding: Tokens of padding that a further micro-batch must spare; None: no batch is cut for that.
+            in_step: Those over which the model's weights are spread: they cut their batches into as many.
         """
         self._plan_stage = plan_stage
         self._trim_padding = trim_padding
+        self._in_step = in_step
         self._stage: Stage | None = None
         self.has_halved = False
 
@@ -75,8 +84,14 @@ class MicroBatches:
         self.has_halved = state["has_halved"]
 
     def split(self, batch: Batch) -> Iterable[tuple[Batch, float]]:
-        """Micro-batches with their weights; with neither budget nor trimming the very batch, with weight 1."""
+        """Micro-batches with their weights; with neither budget nor trimming the very batch, with weight 1.
+
+        Where another process has more of them, the smallest is there again, with weight 0.
+        """
         if self._stage is None and self._trim_padding is None:
             return [(batch, 1.0)]
         most_rows = None if self._stage is None else self._stage.rows
-        return split_batch(batch, most_rows, trim_padding=self._trim_padding)
+        parts = list(split_batch(batch, most_rows, trim_padding=self._trim_padding))
+        more_elsewhere = max(self._in_step.gather(len(parts))) - len(parts)
+        smallest, _ = min(parts, key=lambda part: part[0]["input_ids"].numel())
+        return [(smallest, 0.0)] * more_elsewhere + parts

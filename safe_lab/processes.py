@@ -6,6 +6,7 @@ it is, so that the same code runs on one and on many.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -105,6 +106,17 @@ class Processes:
         if self.count == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def in_step(self, items: Iterable[Value]) -> Iterator[Value | None]:
+        """Each of the items, and None as long as another process has some left: on all processes as many times.
+
+        So that something which all must do is done by all as often: what runs a sharded model.
+        """
+        for item in items:
+            self.any(True)
+            yield item
+        while self.any(False):
+            yield None
 
     def wait(self) -> None:
         """Until all processes are here."""

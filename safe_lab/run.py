@@ -24,6 +24,7 @@ from safe_lab.resources import TRAINING, combine, spread
 from safe_lab.result import Result, summarize_freezing
 from safe_lab.run_folder import RunFolder, claim_together, to_json
 from safe_lab.section import ConfigError
+from safe_lab.sharding import is_sharded
 from safe_lab.tracking import RESOURCES
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,12 @@ def _conclude(
         },
         resources={"tokens_per_second": progress.tokens / training_seconds, **resources},
         unfrozen_forecast=combine(known) if known else None,
-        processes={"count": parts.processes.count, **asdict(parts.trainer.traffic), **spread(summaries)},
+        processes={
+            "count": parts.processes.count,
+            "sharded": is_sharded(parts.model),
+            **asdict(parts.trainer.traffic),
+            **spread(summaries),
+        },
         savings=savings,
         parameters={
             "total": sum(parameter.numel() for parameter in parts.model.parameters()),
@@ -191,5 +197,10 @@ def _announce(console: Console, config: Config, parts: Parts) -> None:
         f"{config.model.path}: {total / 1e6:.1f} M weights, {parts.trainer.num_trained / 1e6:.2f} M train; "
         f"{len(parts.freezer.units)} adapters, policy {policy}{by}; {parts.trainer.num_steps} steps"
     )
+    if parts.processes.count > 1:
+        where = (
+            "the base weights spread over them (FSDP2)" if is_sharded(parts.model) else "a copy of the model on each"
+        )
+        console.say(f"{parts.processes.count} processes, {where}")
     if parts.trainer.progress.step:
         console.say(f"resumed at step {parts.trainer.progress.step}")

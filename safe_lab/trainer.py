@@ -275,7 +275,9 @@ class Trainer:
                     raise OutOfMemoryElsewhereError
                 # From here on the batch cannot begin anew.
                 self._is_past_return = True
-                self._tokens_here += sum(int(part["attention_mask"].sum()) for part, _ in parts) if share else 0
+                self._tokens_here += (
+                    sum(int(part["attention_mask"].sum()) for part, weight in parts if weight) if share else 0
+                )
                 self._losses.record(self.progress.step + 1, losses)
                 with self._clock.on("optimizer"):
                     if self._accelerator.sync_gradients:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny import FAMILIES, save_tiny_model, write_csv
 
+pytest.register_assert_rewrite("parallel")
+
 # Sums over threads come out in other bits: the processes that tests start compute with as many threads as this one.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -47,3 +49,14 @@ def tiny_tree(tiny_folder, tmp_path):
         },
         "tracking": {"wandb": "disabled"},
     }
+
+
+@pytest.fixture
+def tree(tiny_tree, tmp_path):
+    """The YAML tree of a run for several processes: without dropout, which each draws for itself; its last batch has one row."""
+    folder = save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    tiny_tree["model"] = {"path": str(folder)}
+    tiny_tree["data"] |= {"path": str(write_csv(tmp_path / "uneven.csv", rows=50)), "max_train_samples": 41}
+    tiny_tree["training"] |= {"log_every": 1, "eval_batch_size": 4}
+    tiny_tree["freezing"] |= {"interval": 4}
+    return {"savings": {}, "memory": {}} | tiny_tree

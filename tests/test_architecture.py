@@ -19,6 +19,7 @@ LAYERS = [
         "units",
         "processes",
         "replicas",
+        "sharding",
         "launch",
         "weights",
     },
@@ -37,7 +38,7 @@ LAYERS = [
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # The paper's part works without configuration, trainer or tracker.
-PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest", "processes"}
+PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest", "processes", "sharding"}
 ONLY_IN = {"accelerate": {"trainer", "build", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
 
 

@@ -114,10 +114,25 @@ def test_accelerate_launch_starts_two_processes_on_cpu(tiny_tree, tmp_path):
     assert output.count("task metrics") == 1
 
 
+def test_accelerate_launch_with_fsdp2_spreads_the_weights(tiny_tree, tmp_path):
+    """The shipped file, with CPUs for GPUs."""
+    file = {"two-cpus.yaml": "fsdp2.yaml"}
+    launcher = [
+        str(Path(word).with_name(file[Path(word).name])) if Path(word).name in file else word for word in ACCELERATE
+    ]
+    started = start(tmp_path, tiny_tree, launcher=[*launcher, "--num_processes=2"], ACCELERATE_USE_CPU="true")
+    code, output = finish(started)
+    assert code == 0, output
+    result = json.loads((tmp_path / "runs" / "tiny" / "default" / "seed-0" / "result.json").read_text())
+    assert (result["processes"]["count"], result["processes"]["sharded"]) == (2, True)
+    assert output.count("2 processes, the base weights spread over them (FSDP2)") == 1
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_accelerate_configurations_are_what_accelerate_reads(file):
     found = load_config_from_file(str(file))
-    assert str(found.distributed_type.value) == ("NO" if file.stem == "one-gpu" else "MULTI_GPU")
+    kinds = {"one-gpu": "NO", "fsdp2": "FSDP"}
+    assert str(found.distributed_type.value) == kinds.get(file.stem, "MULTI_GPU")
     assert found.num_processes >= found.num_machines >= 1
 
 
@@ -161,7 +176,6 @@ def test_what_one_process_alone_finds_wrong_is_said_by_it(tiny_tree, tmp_path):
     ("variable", "name"),
     [
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "FSDP"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
     ],
 )

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from parallel import in_processes
+from parallel import assert_like_one, in_processes, rows_of, run_up_to, train
 from test_run import bits, config_of
 from tiny import save_tiny_model, write_csv
 
@@ -16,67 +16,6 @@ from safe_lab.prefix import ActivationCache
 from safe_lab.prefix.stack import Stack, UnsupportedError
 from safe_lab.prefix.store import FileStore
 from safe_lab.run_folder import RunFolder
-
-
-@pytest.fixture
-def tree(tiny_tree, tmp_path):
-    """A run without dropout, of which processes draw different numbers; of 41 examples, so that the last batch has one."""
-    folder = save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    tiny_tree["model"] = {"path": str(folder)}
-    tiny_tree["data"] |= {"path": str(write_csv(tmp_path / "uneven.csv", rows=50)), "max_train_samples": 41}
-    tiny_tree["training"] |= {"log_every": 1, "eval_batch_size": 4}
-    tiny_tree["freezing"] |= {"interval": 4}
-    return {"savings": {}, "memory": {}} | tiny_tree
-
-
-def train(config, **arguments):
-    """What a run comes to, and the weights that trained."""
-    built = []
-    build = runs.build
-
-    def keeping(*args):
-        built.append(build(*args))
-        return built[0]
-
-    runs.build = keeping
-    try:
-        result = runs.run(config, **arguments)
-    finally:
-        runs.build = build
-    trained = {name: p for name, p in built[0].model.named_parameters() if "lora_" in name or "modules_to_save" in name}
-    return result, {name: parameter.detach().clone() for name, parameter in trained.items()}
-
-
-def rows_of(config, file="metrics.jsonl", key="train/loss"):
-    return [row for row in RunFolder(config.run_folder).rows(file) if key in row]
-
-
-def assert_like_one(tree, *, count, **sections):
-    """Train on one process and on several, and hold them together; returns what the several came to."""
-    one = config_of(tree, variant="one", **sections)
-    many = config_of(tree, variant="many", **sections)
-    alone, weights_alone = train(one)
-    results, weights = zip(*in_processes(lambda processes: train(many), count=count), strict=True)
-
-    assert all(result == results[0] for result in results)
-    for others in weights[1:]:
-        assert all(torch.equal(others[name], weight) for name, weight in weights[0].items())
-    for name, weight in weights_alone.items():
-        torch.testing.assert_close(weights[0][name], weight, rtol=0, atol=1e-4)
-    losses = [[row["train/loss"] for row in rows_of(config)] for config in (one, many)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    events = [
-        [(row["step"], row["scoring"], row["units"]) for row in rows_of(config, "events.jsonl", "units")]
-        for config in (one, many)
-    ]
-    assert events[0] == events[1] != []
-    scores = [[row["score"] for row in rows_of(config, "importance.jsonl", "score")] for config in (one, many)]
-    if None not in scores[0]:
-        assert scores[1] == pytest.approx(scores[0], rel=1e-3, abs=1e-5)
-    assert results[0].metrics == pytest.approx(alone.metrics, abs=1e-5)
-    assert results[0].tokens == alone.tokens
-    assert results[0].frozen_depth == alone.frozen_depth
-    return results[0], alone
 
 
 @pytest.mark.parametrize("metric", list(METRICS))
@@ -318,20 +257,8 @@ def test_three_processes_resume_to_the_bits_of_a_run_left_alone(tree):
     """Of three the order of a sum shows in its bits, and with it where in DDP's buckets a gradient lies."""
     whole, resumed = (config_of(tree, variant=variant, training={"epochs": 5}) for variant in ("whole", "resumed"))
 
-    def stop(processes):
-        save = building.Trainer.save
-
-        def save_and_stop(self):
-            save(self)
-            if self.progress.step == 12:
-                raise KeyboardInterrupt
-
-        building.Trainer.save = save_and_stop
-        with pytest.raises(KeyboardInterrupt):
-            runs.run(resumed)
-
     in_processes(lambda processes: runs.run(whole), count=3)
-    in_processes(stop, count=3)
+    in_processes(lambda processes: run_up_to(12, resumed), count=3)
     in_processes(lambda processes: runs.run(resumed, resume=True), count=3)
     ours, theirs = (bits(config.run_folder, with_bytes=False) for config in (whole, resumed))
     assert ours[0] == theirs[0]
@@ -344,20 +271,6 @@ def test_a_run_goes_on_with_another_number_of_processes(count, tree):
     whole = runs.run(config_of(tree, variant="whole"))
     config = config_of(tree, variant="resumed")
 
-    def stop(processes):
-        save = building.Trainer.save
-
-        def save_and_stop(self):
-            save(self)
-            if self.progress.step == 6:
-                raise KeyboardInterrupt
-
-        building.Trainer.save = save_and_stop
-        try:
-            runs.run(config)
-        except KeyboardInterrupt:
-            return
-
     def go_on(processes):
         records = []
         logging.getLogger("safe_lab.training_state").addFilter(
@@ -365,7 +278,7 @@ def test_a_run_goes_on_with_another_number_of_processes(count, tree):
         )
         return runs.run(config, resume=True), records
 
-    in_processes(stop, count=2)
+    in_processes(lambda processes: run_up_to(6, config), count=2)
     result, records = in_processes(go_on, count=count)[0]
     assert any(f"the checkpoint is of 2 processes, and {count} go on" in text for text in records)
     assert result.metrics == pytest.approx(whole.metrics, abs=1e-5)

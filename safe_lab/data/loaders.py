@@ -35,14 +35,23 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    dataset: Any, collate: Collate, batch_size: int, *, rank: int = 0, num_processes: int = 1
+    dataset: Any,
+    collate: Collate,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    num_processes: int = 1,
+    equally_many: bool = False,
 ) -> DataLoader[Any]:
     """Loader of a validation split, longest first: no padding to speak of, and out of memory at once if at all.
 
-    Of several processes each gets every ``num_processes``-th batch, from ``rank`` on; there may be none for it.
+    Of several processes each gets every ``num_processes``-th batch, from ``rank`` on; there may be none for it. With
+    ``equally_many`` those that have one fewer get the last one too, which comes after all others and does not count.
     """
     order = order_by_length(dataset["length"])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if equally_many:
+        batches += [batches[-1]] * (-len(batches) % num_processes)
     return DataLoader(
         dataset,
         batch_sampler=batches[rank::num_processes],
@@ -52,7 +61,7 @@ def build_eval_loader(
 
 
 def build_probe(
-    train: Any, collate: Collate, *, num_samples: int | None, max_batch_size: int, seed: int
+    train: Any, collate: Collate, *, num_samples: int | None, max_batch_size: int, seed: int, multiple_of: int = 1
 ) -> list[dict[str, Tensor]]:
     """The fixed examples on which scores are computed: drawn from the training split, in batches of like length.
 
@@ -63,6 +72,7 @@ def build_probe(
             training) and at least 16.
         max_batch_size: Most examples in a batch; there are about eight batches, which leaves little padding.
         seed: Seed of the draw.
+        multiple_of: Each batch has a multiple of so many examples, and the whole up to one fewer than wanted.
     """
     available = len(train)
     wanted = max(16, min(128, available // 50)) if num_samples is None else num_samples
@@ -71,8 +81,10 @@ def build_probe(
             "freezing.probe_samples is %d, and the training split has %d examples: all are taken", wanted, available
         )
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
+    del drawn[len(drawn) // multiple_of * multiple_of or multiple_of :]
     rows = sorted((train[i] for i in drawn), key=lambda row: row["length"])
     size = min(max_batch_size, max(4, wanted // 8))
+    size = max(size // multiple_of, 1) * multiple_of
     return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 

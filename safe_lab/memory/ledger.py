@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from safe_lab.sharding import Gathering, own_part
+
 KINDS = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporary", "cache")
 PHASES = ("forward", "backward")
 
@@ -150,6 +152,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._flops = dict.fromkeys(PHASES, 0)
         self._trace: Trace | None = None
         self._hooks: list[Any] = []
+        # Weights of a sharded model come and go without an operator; by group, the entry of those that are there.
+        self._gathering = Gathering(model)
+        self._gathered: list[_Storage | None] = [None] * len(self._gathering)
+        self._gathered_keys: set[int] = set()
         # On an accelerator, host tensors (Adam's counters) do not count, and an operator has run once the device is done.
         self._on_cuda = bool(self._parameters) and self._parameters[0].is_cuda
 
@@ -165,8 +171,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._trace
 
     def __enter__(self) -> Self:
+        self._follow_gathering()
         for kind, tensors in (
-            ("parameters", self._parameters),
+            ("parameters", [*self._gathering.parts(), *self._parameters]),
             ("buffers", self._buffers),
             ("cache", self._cache),
             ("temporary", self._batch),
@@ -218,6 +225,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             count = _flops_by_id[id(func)] = _FLOPS.get(getattr(func, "_overloadpacket", func))
         if count is not None:
             self._flops["backward" if in_backward else "forward"] += count(*args, **kwargs, out_val=result)
+        if self._gathered:
+            self._follow_gathering()
         if isinstance(result, Tensor):
             self._enter_storage(result, None)
         else:
@@ -232,10 +241,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._on_cuda and not tensor.is_cuda:
             return
         try:
-            storage = tensor.untyped_storage()
+            storage = own_part(tensor).untyped_storage()
         except NotImplementedError:  # opaque and sparse tensors have none
             return
         key = storage._cdata
+        if key in self._gathered_keys:
+            return
         known = self._live.get(key)
         if known is not None:
             if kind is not None and known[1].kind is None:
@@ -252,6 +263,28 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._live[key]
             self._bytes -= entry.nbytes
             entry.died = self._moment
+
+    def _follow_gathering(self) -> None:
+        """Enter the groups of weights that are whole since the last operator, and leave those that are no longer."""
+        for group, entry in enumerate(self._gathered):
+            if self._gathering.is_whole(group) == (entry is not None):
+                continue
+            if entry is not None:
+                self._bytes -= entry.nbytes
+                entry.died, self._gathered[group] = self._moment - 1, None
+                continue
+            storages = self._gathering.storages(group)
+            for key in {storage._cdata for storage in storages} - self._gathered_keys:
+                self._gathered_keys.add(key)
+                if key in self._live:
+                    # As it was made, the operators that made it gave it out for a result of theirs.
+                    _, made = self._live.pop(key)
+                    self._bytes -= made.nbytes
+                    made.died = max(made.born, self._moment - 1)
+            entry = _Storage(sum(storage.nbytes() for storage in storages), self._moment, -1, "parameters")
+            self._storages.append(entry)
+            self._gathered[group] = entry
+            self._bytes += entry.nbytes
 
     def _name(self, tensors: Iterable[Tensor], kind: str) -> None:
         for tensor in tensors:

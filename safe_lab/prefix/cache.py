@@ -18,11 +18,11 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,15 @@ DATA, INDEX = "activations.bin", "activations.index"
 # Key -> offset, tokens, checksum.
 _Rows = dict[bytes, tuple[int, int, int]]
 _ENTRY = np.dtype([("key", "S16"), ("offset", "<i8"), ("tokens", "<i4"), ("checksum", "<u8")])
+
+
+class _Block(NamedTuple):
+    """A batch in the filling: what is known of its rows, and which are to be kept."""
+
+    batch: Batch
+    keys: list[bytes]
+    lengths: list[int]
+    rows: list[int]
 
 
 class _UnusableError(Exception):
@@ -66,6 +75,7 @@ class ActivationCache:
         limit_bytes: int | None = None,
         dtype: torch.dtype | None = None,
         processes: Processes = ALONE,
+        in_step: Processes = ALONE,
     ) -> None:
         """Prepare; nothing is written yet.
 
@@ -74,6 +84,7 @@ class ActivationCache:
             limit_bytes: Most bytes of activations; None: half of what is free when it is first filled.
             dtype: What they are kept in; None: as computed.
             processes: Those that share the files, and have the same examples: each computes some blocks, all read all.
+            in_step: Those over which the layers' weights are spread, here and on other machines: they run them together.
 
         Raises:
             ValueError: Several processes would share the memory of one.
@@ -93,6 +104,9 @@ class ActivationCache:
         self._store: FileStore | MemoryStore | None = None
         self._dropped = False
         self._processes = processes
+        self._in_step = in_step
+        # What one of them cannot do, none does.
+        self._agreeing = in_step if in_step.count > 1 else processes
         self._reader: ThreadPoolExecutor | None = None
         # Of the last two batches that were read ahead, the row of each key, and the rows.
         self._ahead: deque[tuple[dict[bytes, int], Future[Tensor | None]]] = deque(maxlen=2)
@@ -119,15 +133,23 @@ class ActivationCache:
 
     def is_usable_by_all(self) -> bool:
         """Whether no process has dropped it; to be asked by all."""
-        return not self._processes.any(self._dropped)
+        return not self._agreeing.any(self._dropped)
+
+    def lacks_for_one(self, found: Sequence[bool]) -> bool:
+        """Whether one of those that run the layers together lacks rows of its batch; to be asked by all of them.
+
+        Args:
+            found: What :meth:`find` says here.
+        """
+        return self._in_step.count > 1 and self._in_step.any(not all(found))
 
     def smallest(self, depth: int) -> int:
         """The smallest depth that a process gives; to be asked by all."""
-        return min(self._processes.gather(depth))
+        return min(self._agreeing.gather(depth))
 
     def is_to_grow(self, depth: int) -> bool:
         """Whether it holds less than the output of layer ``depth - 1``, and can; to be asked by all processes."""
-        return self._processes.any(self.usable and self.depth < depth)
+        return self._agreeing.any(self.usable and self.depth < depth)
 
     def grow(
         self, stack: Stack, depth: int, blocks: Iterable[Batch], *, around: Callable[[Any], Any], fingerprint: str
@@ -151,6 +173,7 @@ class ActivationCache:
         self._forget_ahead()
         try:
             self._together(self._create)
+            self._together(self._open)
             self.limit_bytes = self._processes.broadcast(self.limit_bytes)
             computed: _Rows = {}
             self._together(lambda: self._fill(stack, depth, blocks, around, computed))
@@ -182,7 +205,7 @@ class ActivationCache:
         if self._folder is None or not path or not self.is_usable_by_all():
             return False
         taken_up = self._take_up(self._folder, path, fingerprint)
-        if self._processes.any(not taken_up):
+        if self._agreeing.any(not taken_up):
             if taken_up:
                 self.close(keep=True)
             return False
@@ -271,9 +294,12 @@ class ActivationCache:
         failure = None
         try:
             do()
-        except Exception as error:  # noqa: BLE001 - raised below, once the others know
+        except Exception as error:
+            # Raised below, once the others know; unless they are in the midst of a pass that needs this process.
+            if self._in_step.count > 1 and not isinstance(error, OSError | _UnusableError):
+                raise
             failure = error
-        if self._processes.any(failure is not None):
+        if self._agreeing.any(failure is not None):
             raise failure or _UnusableError("could not be filled by another process")
 
     def _create(self) -> None:
@@ -289,48 +315,75 @@ class ActivationCache:
         if self.limit_bytes is None:
             self.limit_bytes = _free_bytes(self._folder) // 2
 
-    def _fill(
-        self, stack: Stack, depth: int, blocks: Iterable[Batch], around: Callable[[Any], Any], computed: _Rows
-    ) -> None:
-        """Every process lays out all rows alike, and computes and writes those of its own blocks, into ``computed`` too."""
+    def _open(self) -> None:
+        """The others open what process 0 made."""
         if self._store is None:
             assert self._folder is not None
             self._store = FileStore(self._folder / DATA, size=0)
-        grown: set[bytes] = set()
-        rank, count = self._processes.rank, self._processes.count
-        for number, block in enumerate(blocks):
-            if not self._width and count > 1:
-                self._learn_width(stack, depth, block, around)
-            self._grow_block(stack, depth, block, around, grown, computed if number % count == rank else None)
 
-    def _learn_width(self, stack: Stack, depth: int, block: Batch, around: Callable[[Any], Any]) -> None:
-        """How wide a row is, and of which dtype, from one of them."""
-        inputs = stack.select(block, [0])
-        with around(inputs):
-            hidden = stack.run(inputs, start=0, stop=depth)
-        self._computed, self._width = hidden.dtype, hidden.shape[-1]
-
-    def _grow_block(
-        self,
-        stack: Stack,
-        depth: int,
-        block: Batch,
-        around: Callable[[Any], Any],
-        grown: set[bytes],
-        computed: _Rows | None,
+    def _fill(
+        self, stack: Stack, depth: int, blocks: Iterable[Batch], around: Callable[[Any], Any], computed: _Rows
     ) -> None:
-        """Keep a block's rows at the new depth, each example once.
+        """Every process lays out all rows alike, and computes and writes those of its own blocks, into ``computed`` too.
+
+        Those that run the layers together take turns together: who has nothing to compute, any longer or for this turn, runs
+        them for the others.
+        """
+
+        def run(inputs: Batch, hidden: Tensor | None) -> Tensor:
+            with around(inputs):
+                return stack.run(inputs, start=self.depth, stop=depth, hidden=hidden)
+
+        spare: list[dict[str, Tensor]] = []
+
+        def own_blocks() -> Iterator[_Block]:
+            grown: set[bytes] = set()
+            rank, count = self._processes.rank, self._processes.count
+            for number, batch in enumerate(blocks):
+                if not spare:
+                    spare.append(stack.select(batch, [0]))
+                    if not self._width and max(count, self._in_step.count) > 1:
+                        # How wide a row is, and of which dtype, from one of them.
+                        hidden = run(spare[0], None)
+                        self._computed, self._width = hidden.dtype, hidden.shape[-1]
+                block = self._lay_out(batch, grown)
+                if block.rows and number % count == rank:
+                    yield block
+                elif block.rows and not self.depth:
+                    self._leave_room(block)
+
+        failure: Exception | None = None
+        for block in self._in_step.in_step(own_blocks()):
+            inputs = spare[0] if block is None else stack.select(block.batch, block.rows)
+            stored = None
+            if self.depth:
+                columns = inputs["input_ids"].shape[1]
+                stored = None if block is None else self._read([block.keys[row] for row in block.rows], columns)
+                if block is not None and stored is None:
+                    failure = failure or _UnusableError("was cut or altered")
+                if stored is None:
+                    stored = torch.zeros(*inputs["input_ids"].shape, self._width, dtype=self._computed)
+                stored = stored.to(inputs["input_ids"].device)
+            # Whatever has gone wrong: the others need this one.
+            hidden = run(inputs, stored)
+            if block is not None and failure is None:
+                try:
+                    self._keep(block, hidden, computed)
+                except (OSError, _UnusableError) as error:
+                    failure = error
+            if failure is not None and self._in_step.count == 1:
+                break
+        if failure is not None:
+            raise failure
+
+    def _lay_out(self, batch: Batch, grown: set[bytes]) -> _Block:
+        """Find the rows of a batch that are to be kept at the new depth, each example once.
 
         Args:
-            stack: The layers.
-            depth: The new depth.
-            block: The batch.
-            around: Wraps the computation.
-            grown: Keys of the examples that are at the new depth; those of this block are added.
-            computed: The entries of its rows are added; None: another process computes them, and room is left.
+            batch: The batch.
+            grown: Keys of the examples that are at the new depth; those of this batch are added.
         """
-        assert self._store is not None
-        keys, lengths = make_keys(block), count_tokens(block)
+        keys, lengths = make_keys(batch), count_tokens(batch)
         rows = []
         for row, key in enumerate(keys):
             # From the input on what is not there yet, later on what is. An example without tokens has nothing to keep.
@@ -338,22 +391,12 @@ class ActivationCache:
                 rows.append(row)
                 grown.add(key)
         # Nothing is computed that does not fit; how large a row is shows only with the first block.
-        rows = self._fitting(rows, lengths) if self._width else rows
-        if not rows:
-            return
-        if computed is None:
-            if not self.depth:
-                self._leave_room(keys, lengths, rows)
-            return
-        inputs = stack.select(block, rows)
-        hidden = None
-        if self.depth:
-            stored = self._read([keys[i] for i in rows], inputs["input_ids"].shape[1])
-            if stored is None:
-                raise _UnusableError("was cut or altered")
-            hidden = stored.to(inputs["input_ids"].device)
-        with around(inputs):
-            hidden = stack.run(inputs, start=self.depth, stop=depth, hidden=hidden)
+        return _Block(batch, keys, lengths, self._fitting(rows, lengths) if self._width else rows)
+
+    def _keep(self, block: _Block, hidden: Tensor, computed: _Rows) -> None:
+        """Write the rows of a block, which ``hidden`` has in their order, and enter them."""
+        assert self._store is not None
+        keys, lengths, rows = block.keys, block.lengths, block.rows
         self._computed, self._width = hidden.dtype, hidden.shape[-1]
         kept = hidden.to(device="cpu", dtype=self._dtype or hidden.dtype)
         parts = {row: kept[i, : lengths[row]] for i, row in enumerate(rows)}
@@ -371,12 +414,13 @@ class ActivationCache:
             if not self.depth:
                 offset += part.nbytes
 
-    def _leave_room(self, keys: Sequence[bytes], lengths: Sequence[int], rows: Sequence[int]) -> None:
+    def _leave_room(self, block: _Block) -> None:
         """Place rows that another process writes; it tells their checksums."""
         assert self._store is not None and self._computed is not None
         token_bytes = self._width * (self._dtype or self._computed).itemsize
-        for row in rows:
-            self._rows[keys[row]] = (self._store.extend(lengths[row] * token_bytes), lengths[row], 0)
+        for row in block.rows:
+            tokens = block.lengths[row]
+            self._rows[block.keys[row]] = (self._store.extend(tokens * token_bytes), tokens, 0)
 
     def _fitting(self, rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
         """Those of some rows for which there is room, the first ones first; what is kept already has its room."""

@@ -16,6 +16,7 @@ from safe_lab.importance.probe import Batch, LossFunction, undisturbed
 from safe_lab.prefix.cache import ActivationCache
 from safe_lab.prefix.rows import is_padded_on_the_right
 from safe_lab.prefix.stack import Stack, UnsupportedError, first_tensor
+from safe_lab.sharding import gather
 from safe_lab.units import Unit
 
 log = logging.getLogger(__name__)
@@ -139,12 +140,11 @@ class Prefix:
         if not self._is_on or self._stack is None:
             return None
         inputs, start = self._stack.inputs_of(batch), self._cached_depth
-        if self.cache is None or not start or not is_padded_on_the_right(inputs):
-            return self._compute(inputs, around)
-        found = self.cache.find(inputs)
+        found, hidden = self._read(inputs)
         kept = [i for i in range(len(found)) if found[i]]
-        hidden = self.cache.read(inputs, kept) if kept else None
-        if hidden is None:
+        # Where one process has to run the layers from the input, those that must run them together do.
+        lacks_for_one = self.cache is not None and self.cache.lacks_for_one(found)
+        if hidden is None or lacks_for_one:
             return self._compute(inputs, around)
         hidden = hidden.to(self._device, non_blocking=True)
         if start < self.depth:
@@ -200,6 +200,15 @@ class Prefix:
         assert self._stack is not None
         return next(self._stack.backbone.parameters()).device
 
+    def _read(self, inputs: Batch) -> tuple[list[bool], Tensor | None]:
+        """Which rows are kept, and what is kept of these; None if there are none."""
+        nothing = [False] * len(inputs["input_ids"])
+        if self.cache is None or not self._cached_depth or not is_padded_on_the_right(inputs):
+            return nothing, None
+        found = self.cache.find(inputs)
+        hidden = self.cache.read(inputs, [i for i, is_kept in enumerate(found) if is_kept]) if any(found) else None
+        return nothing if hidden is None else found, hidden
+
     def _compute(self, inputs: Batch, around: Around) -> Tensor:
         """Every row from the input."""
         assert self._stack is not None
@@ -243,7 +252,13 @@ class Prefix:
             with around(block, start), self._autocast():
                 yield
 
-        self.cache.grow(stack, depth, right_padded(), around=around_block, fingerprint=self._fingerprint(depth))
+        self.cache.grow(
+            stack,
+            depth,
+            right_padded(),
+            around=around_block,
+            fingerprint=self._fingerprint(depth),
+        )
 
     def _look_together(self) -> None:
         """Find the depth, the same for all processes that share a cache."""
@@ -342,7 +357,7 @@ class Prefix:
         digest.update(repr(getattr(getattr(backbone, "config", None), "_attn_implementation", None)).encode())
         for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
             if id(tensor) not in above and not tensor.requires_grad:
-                value = int(torch.hash_tensor(tensor.detach()).item())
+                value = int(torch.hash_tensor(gather(tensor.detach())).item())
                 digest.update(repr((name, str(tensor.dtype), tensor.device.type, value)).encode())
         with self._autocast():
             enabled = torch.is_autocast_enabled(next(backbone.parameters()).device.type)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from safe_lab.importance.probe import Batch
 from safe_lab.model import num_positions
 from safe_lab.prefix.rows import make_ragged, select_rows
+from safe_lab.sharding import abandon_pass
 from safe_lab.units import Unit
 
 Give = Callable[[], Tensor]
@@ -55,6 +56,7 @@ class Stack:
         if backbone is None:
             raise UnsupportedError("no module around its layers takes input_ids")
         self.backbone = backbone
+        self._model = model
         self._inputs = set(inspect.signature(backbone.forward).parameters)
         self._pad_token_id: int = getattr(getattr(backbone, "config", None), "pad_token_id", None) or 0
         self._most_tokens = num_positions(backbone) if isinstance(backbone, PreTrainedModel) else None
@@ -139,6 +141,7 @@ class Stack:
             with _evaluating(self.backbone), self.giving(range(start), lambda: hidden):  # type: ignore[arg-type, return-value]
                 self.backbone(**inputs)
         except _ReachedError as reached:
+            abandon_pass(self._model)
             return reached.hidden
         finally:
             hook.remove()
@@ -147,22 +150,29 @@ class Stack:
     @contextmanager
     def giving(self, indices: range, give: Give) -> Iterator[None]:
         """Inside, the layers of ``indices`` do not run, and return what ``give`` does."""
-        before = [(self.layers[i], self.layers[i].__dict__.get("forward")) for i in indices]
+        entries = [(self.layers[i], _entry(self.layers[i])) for i in indices]
+        before = [layer.__dict__.get(entry) for layer, entry in entries]
         try:
-            for i in indices:
+            for i, (layer, entry) in zip(indices, entries, strict=True):
                 # On the instance, past nn.Module's own __setattr__, which takes as long as a small operator.
-                self.layers[i].__dict__["forward"] = partial(self._give, i, give)
+                layer.__dict__[entry] = partial(self._give, i, give)
             yield
         finally:
-            for layer, forward in before:
-                if forward is None:
-                    layer.__dict__.pop("forward", None)
+            for (layer, entry), method in zip(entries, before, strict=True):
+                if method is None:
+                    layer.__dict__.pop(entry, None)
                 else:
-                    layer.__dict__["forward"] = forward
+                    layer.__dict__[entry] = method
 
     def _give(self, index: int, give: Give, *_: Any, **__: Any) -> Any:
         rest = self._rest[index]
         return give() if rest is None else (give(), *rest)
+
+
+def _entry(layer: nn.Module) -> str:
+    """The method of a layer to stand in for: of a sharded one the call as a whole, whose hooks would gather its weights."""
+    # What nn.Module calls, if it is there, in the place of forward and hooks (torch 2.13: compiled modules have it).
+    return "_compiled_call_impl" if hasattr(layer, "unshard") else "forward"
 
 
 class _ReachedError(Exception):

@@ -600,7 +600,7 @@ def test_running_out_of_memory_while_filling_costs_the_cache_alone(monkeypatch, 
     case.prefix.update()
     plain = case.prefix.hidden(batch)
     with monkeypatch.context() as patch:
-        patch.setattr("safe_lab.prefix.cache.ActivationCache._grow_block", short)
+        patch.setattr("safe_lab.prefix.cache.ActivationCache._lay_out", short)
         case.prefix.update([batch])
     assert torch.equal(case.prefix.hidden(batch), plain)
     assert sum("memory ran out" in record.message for record in caplog.records) == 1
