@@ -1,7 +1,8 @@
-"""Two CPU processes beside one, one thread each: tokens a second, and what wrapping a model anew costs against a step.
+"""Two CPU processes beside one, one thread each: tokens a second, bytes, and what wrapping a model anew costs against a step.
 
-``python experiments/bench/processes.py [REPETITIONS]``: the quickstart without freezing, two epochs, in turn; then steps of
-MiniLM, 32 x 64 random tokens, half of them with half of the adapters frozen. Needs two cores that do nothing else.
+``python experiments/bench/processes.py [REPETITIONS]``: the quickstart without freezing, two epochs, on one process, on two with
+a copy of the model each, and on two with the base weights spread over them (FSDP2), in turn; then steps of MiniLM, 32 x 64 random
+tokens, half of them with half of the adapters frozen. Needs two cores that do nothing else.
 """
 
 from __future__ import annotations
@@ -29,19 +30,24 @@ CHANGES = ("training.epochs=2", "freezing.policy=none", "training.save_every=nev
 TOKENS = 64
 
 
-def launch(count: int, *words: str) -> str:
+def launch(count: int, *words: str, **environment: str) -> str:
     """Run a Python command line on so many processes; returns what it prints."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | environment
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
     return subprocess.run([*torchrun, *words], env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def tokens_per_second(count: int) -> float:
-    """Of a whole run."""
+def measure_run(count: int, **environment: str) -> dict[str, float]:
+    """Figures of a whole run."""
     with tempfile.TemporaryDirectory() as folder:
-        launch(count, "-m", "safe_lab", "train", str(RUN), *CHANGES, f"output_dir={folder}", "--quiet")
-        (result,) = Path(folder).rglob("result.json")
-        return float(json.loads(result.read_text())["resources"]["tokens_per_second"])
+        launch(count, "-m", "safe_lab", "train", str(RUN), *CHANGES, f"output_dir={folder}", "--quiet", **environment)
+        (file,) = Path(folder).rglob("result.json")
+        resources = json.loads(file.read_text())["resources"]
+    return {
+        "tokens_per_second": resources["tokens_per_second"],
+        "parameters": resources["memory_mean_by_kind"]["parameters"],
+        "peak": resources["memory_peak_bytes"],
+    }
 
 
 def measure_wrapping() -> None:
@@ -86,12 +92,16 @@ def measure_wrapping() -> None:
 
 def main(repetitions: str = "2") -> None:
     """Print the figures."""
-    ratios = []
+    ways = {"two with copies": {}, "two with FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
+    ratios: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(int(repetitions)):
-        one, two = tokens_per_second(1), tokens_per_second(2)
-        ratios.append(two / one)
-        print(f"one process {one:.0f} tokens/s, two {two:.0f}: {two / one:.2f}", flush=True)
-    print(f"median {statistics.median(ratios):.2f}")
+        one = measure_run(1)
+        for way, environment in ways.items():
+            two = measure_run(2, **environment)
+            ratios[way].append({name: two[name] / one[name] for name in two})
+            print(f"{way} / one process: {ratios[way][-1]}", flush=True)
+    for way, found in ratios.items():
+        print(f"{way}, median: { {name: round(statistics.median(r[name] for r in found), 3) for name in found[0]} }")
     print(launch(2, __file__, "wrapping"), end="")
 
 
