@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from safe_lab.sharding import gathered
+from safe_lab.sharding import whole_weights
 from safe_lab.suggest import did_you_mean
 from safe_lab.units import Unit
 
@@ -128,10 +128,10 @@ def _belongs(model: nn.Module, name: str) -> bool:
     )
 
 
-def base_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the pre-trained model that stay as they are: in no adapter, nor in a module that trains in full."""
+def base_weights(model: nn.Module) -> list[str]:
+    """Names of the pre-trained model's weights that stay as they are: in no adapter, nor in a module that trains in full."""
     return [
-        parameter
+        name
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad and ("base_layer" in name.split(".") or not _belongs(model, name))
     ]
@@ -272,9 +272,10 @@ def save_adapter(model: PeftModel, folder: Path, *, initial: Mapping[str, Tensor
         initial: :attr:`Attached.initial`.
     """
     if initial is None:
-        model.save_pretrained(str(folder))
+        # The base's embeddings do not train, and a process may have but a part of them.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
         return
-    weights = get_peft_model_state_dict(model)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     for key in weights:
         if ".lora_A." in key or ".lora_embedding_A" in key:
             weights[key] = torch.cat([weights[key], initial[key].to(weights[key])], dim=0)
@@ -344,10 +345,7 @@ def _delta_weights(layers: Sequence[Any]) -> Callable[[], Iterator[Tensor]] | No
     def deltas() -> Iterator[Tensor]:
         for layer in layers:
             for adapter in layer.active_adapters:
-                # The update of some methods (PEANuT, DEFT) depends on the base weight.
-                with gathered(layer.get_base_layer()):
-                    delta = layer.get_delta_weight(adapter).detach()
-                yield delta
+                yield _delta_weight(layer, adapter).detach()
 
     # DoRA's magnitudes and trained biases are no part of what get_delta_weight gives.
     trained = [name for layer in layers for name, parameter in layer.named_parameters() if parameter.requires_grad]
@@ -358,3 +356,12 @@ def _delta_weights(layers: Sequence[Any]) -> Callable[[], Iterator[Tensor]] | No
     # No such form (IA3), or another one (BOFT's rotation), or one that wants the base weight (MiSS).
     except (AttributeError, NotImplementedError, TypeError):
         return None
+
+
+def _delta_weight(layer: Any, adapter: str) -> Any:
+    try:
+        return layer.get_delta_weight(adapter)
+    except RuntimeError:
+        # The update of some methods (PEANuT, DEFT) depends on the base weight, of which this process may have but a part.
+        with whole_weights(layer.get_base_layer()):
+            return layer.get_delta_weight(adapter)

@@ -114,16 +114,20 @@ def build(
     clock, energy = Clock(accelerator.device), EnergyMeter(accelerator.device)
     set_seed(config.seed)
 
+    sharded = _is_to_shard(config, processes)
     with launch.without_fsdp():
         base, attached, tokenizer, data = load_parts(config)
     _check_alike(config, attached, data, processes)
     if config.model.gradient_checkpointing:
         checkpoint_gradients(base)
-    sharded = launch.is_sharded() and processes.count > 1
-    if launch.is_sharded() and not sharded:
-        log.warning("FSDP has no effect on a single process: there is no other to keep a part of the weights")
     if sharded:
-        _shard(config, attached, accelerator, processes)
+        shard(
+            attached.model,
+            base_weights(attached.model),
+            processes,
+            accelerator.device,
+            reshard_after_forward=launch.reshards_after_forward(),
+        )
 
     sampler = EpochBatchSampler(
         data.train["length"],
@@ -189,8 +193,8 @@ def build(
     )
     replicas = Replicas(model, processes, overlapped=overlapped)
     meter = Meter(clock, energy, model, optimizer)
-    in_step = processes if sharded else ALONE
-    prefix = build_prefix(config, model, units, probe[0], accelerator, folder, processes, in_step)
+    sharers = processes if sharded else ALONE
+    prefix = build_prefix(config, model, units, probe[0], accelerator, folder, processes, sharers)
     predicted = predict_savings(config, num_labels) if config.freezing.policy == "budget" else None
     with meter.activity("scoring"):
         freezer = Freezer(
@@ -284,7 +288,7 @@ def build(
         micro_batches=MicroBatches(
             None if planner is None else partial(enter_stage, planner, savings, model),
             trim_padding=config.savings.trim_padding,
-            in_step=in_step,
+            sharers=sharers,
         ),
         meter=meter,
         folder=folder,
@@ -310,28 +314,29 @@ def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTok
     return base, attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads)), tokenizer, data
 
 
-def _shard(config: Config, attached: Attached, accelerator: Accelerator, processes: Processes) -> None:
-    """Spread the base weights over the processes.
+def _is_to_shard(config: Config, processes: Processes) -> bool:
+    """Whether the base weights are to be spread over the processes, as the launcher was told.
 
     Raises:
-        ValueError: They cannot be, or a setting does not go with it.
+        ValueError: A setting does not go with it.
     """
+    if not launch.is_sharded():
+        return False
+    if processes.count == 1:
+        log.warning("FSDP has no effect on a single process: there is no other to keep a part of the weights")
+        return False
     if config.memory.budget is not None:
         raise ValueError(
             "memory.budget plans with the whole model on each device, and FSDP keeps a part of it there: leave one of them out"
         )
+    for setting in launch.without_effect():
+        log.warning("%s has no effect: docs/multi-gpu.md tells what of FSDP has", setting)
     if config.savings.fold and config.freezing.policy != "none":
         log.warning(
             "savings.fold has no effect with FSDP, as no process has the whole base weight into which a frozen adapter's update "
             "would go: frozen adapters run beside it"
         )
-    shard(
-        attached.model,
-        base_weights(attached.model),
-        processes,
-        accelerator.device,
-        reshard_after_forward=launch.reshards_after_forward(),
-    )
+    return True
 
 
 def _check_alike(config: Config, attached: Attached, data: Data, processes: Processes) -> None:
@@ -346,6 +351,7 @@ def _check_alike(config: Config, attached: Attached, data: Data, processes: Proc
     # A hash of what the rows hold, and not the library's own, which is of how they came to be.
     read = {
         "the configuration": to_json(settings),
+        "how the launcher was told to use FSDP": to_json([launch.is_sharded(), launch.reshards_after_forward()]),
         f"the weights behind model.path, {config.model.path},": attached.base_fingerprint,
         **{
             f"the {split} split": hash_rows(rows) for split, rows in {"training": data.train, **data.validation}.items()
@@ -374,7 +380,7 @@ def build_prefix(
     accelerator: Accelerator,
     folder: RunFolder,
     processes: Processes,
-    in_step: Processes,
+    sharers: Processes,
 ) -> Prefix | None:
     """The frozen prefix with its cache, as the ``savings`` section describes it; None: the model always runs whole."""
     settings = config.savings
@@ -392,9 +398,9 @@ def build_prefix(
             limit_bytes=None if settings.cache_limit is None else parse_bytes(settings.cache_limit),
             dtype=None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype),
             processes=node,
-            in_step=in_step,
+            sharers=sharers,
         )
-    return Prefix(model, units, probe_batch, loss_function, cache=cache, autocast=accelerator.autocast)
+    return Prefix(model, units, probe_batch, loss_function, cache=cache, autocast=accelerator.autocast, sharers=sharers)
 
 
 def enter_stage(planner: Planner, savings: Savings, model: Any, frozen: Sequence[bool]) -> Stage:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from safe_lab.suggest import did_you_mean
 
@@ -28,12 +28,24 @@ INTERRUPTED = 130
 _SECONDS_FOR_PROCESS_0 = 5.0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of several processes with the same words, the first says what is wrong with them."""
+
+    def error(self, message: str) -> NoReturn:
+        from safe_lab import launch
+
+        if launch.rank() > 0:
+            # As in _tell: if this one is still there after that, the first had other words.
+            time.sleep(_SECONDS_FOR_PROCESS_0)
+        super().error(message)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]].run(words[1:])
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="safe-lab",
         description="SAFE: adapter tuning that freezes what no longer matters, and measures what that buys.",
         epilog="commands:\n"
@@ -58,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """``safe-lab train``: one run from one YAML file."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="safe-lab train",
         description="Tune a model as a YAML file says. A dotted key overrides a field: training.epochs=3 freezing.metric=fisher",
         add_help=False,
@@ -151,7 +163,7 @@ def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
 
 def plan(arguments: Sequence[str]) -> int:
     """``safe-lab plan``: what a run would cost at every frozen depth, and what fits a memory budget."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="safe-lab plan",
         description="Predict peak memory by kind, FLOPs a step, trainable weights, optimizer and checkpoint size of a run at "
         "every frozen depth. Needs the configuration alone: no data, no weights, no GPU, no hub. model.path names a local "
@@ -203,7 +215,7 @@ def plan(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """``safe-lab bench``: transformers.Trainer and safe_lab side by side, measured in turn."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="safe-lab bench",
         description="Train the variants of a bench file in fresh processes that take turns (A B C A B C ...), and compare "
         "metric, seconds, memory and FLOPs with the baseline's. A dotted key overrides a field of the base: data.path=sst2",
@@ -297,12 +309,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
 )
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: _Parser) -> None:
     parser.add_argument("config", nargs="?", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted key and value, in YAML")
 
 
-def _check_config_given(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
+def _check_config_given(parser: _Parser, chosen: argparse.Namespace) -> None:
     if chosen.config is None or "=" in chosen.config:
         parser.error("a YAML file is needed first, such as experiments/quickstart.yaml")
 

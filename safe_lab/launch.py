@@ -28,7 +28,10 @@ _REFUSED_OF_FSDP = {
     "FSDP_OFFLOAD_PARAMS": "weights are not offloaded; fsdp_offload_params: false, and model.dtype: bfloat16 for half the bytes",
     "FSDP_ACTIVATION_CHECKPOINTING": "what is recomputed is a setting of the run; fsdp_activation_checkpointing: false, and "
     "model.gradient_checkpointing: true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "there is one way to spread weights, over all processes; leave parallelism_config out",
 }
+# What has no effect here, and is not there unless somebody has set it.
+_WITHOUT_EFFECT = ("FSDP_IGNORED_MODULES", "FSDP_AUTO_WRAP_POLICY", "FSDP_TRANSFORMER_CLS_TO_WRAP")
 
 
 def is_one_of_several(environment: Mapping[str, str] = os.environ) -> bool:
@@ -58,7 +61,14 @@ def is_sharded(environment: Mapping[str, str] = os.environ) -> bool:
 
 def reshards_after_forward(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a sharded layer is given up after its forward pass, to be gathered anew for the backward pass."""
-    return environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+    return environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "no", "0")
+
+
+def without_effect(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What the launcher was told about FSDP that is decided otherwise here, by the names of Accelerate's settings."""
+    told = [name for name in _WITHOUT_EFFECT if environment.get(name)]
+    told += ["FSDP_CPU_RAM_EFFICIENT_LOADING"] if _is_on(environment, "FSDP_CPU_RAM_EFFICIENT_LOADING") else []
+    return [name.lower() for name in told]
 
 
 @contextmanager

@@ -24,18 +24,18 @@ class MicroBatches:
         plan_stage: Callable[[Sequence[bool]], Stage] | None,
         *,
         trim_padding: int | None,
-        in_step: Processes = ALONE,
+        sharers: Processes = ALONE,
     ) -> None:
         """No stage has begun yet.
 
         Args:
             plan_stage: Micro-batches that fit the memory budget, from which units are frozen; None: there is no budget.
             trim_padding: Tokens of padding that a further micro-batch must spare; None: no batch is cut for that.
-            in_step: Those over which the model's weights are spread: they cut their batches into as many.
+            sharers: Those over which the model's weights are spread: they cut their batches into as many.
         """
         self._plan_stage = plan_stage
         self._trim_padding = trim_padding
-        self._in_step = in_step
+        self._sharers = sharers
         self._stage: Stage | None = None
         self.has_halved = False
 
@@ -92,6 +92,6 @@ class MicroBatches:
             return [(batch, 1.0)]
         most_rows = None if self._stage is None else self._stage.rows
         parts = list(split_batch(batch, most_rows, trim_padding=self._trim_padding))
-        more_elsewhere = max(self._in_step.gather(len(parts))) - len(parts)
+        more_elsewhere = self._sharers.largest(len(parts)) - len(parts)
         smallest, _ = min(parts, key=lambda part: part[0]["input_ids"].numel())
         return [(smallest, 0.0)] * more_elsewhere + parts

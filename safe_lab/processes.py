@@ -27,8 +27,7 @@ Value = TypeVar("Value")
 class Processes:
     """The processes that train one model, as one of them sees them.
 
-    What exchanges something (:meth:`sum`, :meth:`broadcast`, :meth:`gather`, :meth:`any`, :meth:`wait`) must be called by all of
-    them, in the same order.
+    What exchanges something (every method but :meth:`of_job`) must be called by all of them, in the same order.
 
     Attributes:
         rank: Number of this process, from 0; process 0 writes, draws and decides.
@@ -107,6 +106,14 @@ class Processes:
             return flag
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
+    def largest(self, number: int) -> int:
+        """The largest number that a process gave."""
+        if self.count == 1:
+            return number
+        tensor = torch.tensor(number, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return int(tensor)
+
     def in_step(self, items: Iterable[Value]) -> Iterator[Value | None]:
         """Each of the items, and None as long as another process has some left: on all processes as many times.
 
@@ -128,8 +135,15 @@ ALONE = Processes()
 
 def end_job() -> None:
     """Take leave of the other processes, at the end of all."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    try:
+        # Whoever leaves while another is still about to may crash that one at its exit (gloo, torch 2.13: one job in four).
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+    except RuntimeError as error:
+        if not is_connection_lost(error):
+            raise
+    dist.destroy_process_group()
 
 
 def is_connection_lost(error: BaseException) -> bool:

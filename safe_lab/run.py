@@ -98,6 +98,9 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
         with parts.meter.clock.on("checkpoint"):
             export(parts.model, folder, parts.tokenizer, config.model.path, parts.data.labels, parts.initial)
     by_process = parts.processes.gather((parts.meter.summary(), parts.meter.forecast()))
+    if not config.savings.keep_cache:
+        # By now all have closed theirs.
+        folder.remove_caches()
     result = parts.processes.broadcast(
         _conclude(config, parts, savings, *zip(*by_process, strict=True)) if parts.processes.is_main else None
     )

@@ -118,6 +118,16 @@ class RunFolder:
         if PROCESS_ROWS not in sizes:
             (self.path / PROCESS_ROWS).unlink(missing_ok=True)
 
+    def remove_caches(self) -> None:
+        """Remove what further machines' activation caches have left here, where they share this disk.
+
+        Those of a run that goes on with fewer processes have no other to remove theirs.
+        """
+        if not self._writes:
+            return
+        for folder in self.path.glob("cache-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def write(self, file: str, text: str) -> None:
         """Write a file whole or not at all."""
         if not self._writes:

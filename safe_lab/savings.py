@@ -64,6 +64,7 @@ class Savings:
         self._prefix = prefix
         self._fold_tolerance = fold_tolerance
         self._blocks = blocks
+        self._has_stopped_folding = False
         self._cache_was_usable = True
         self._kept_by_folds: list[Tensor] = []
 
@@ -94,12 +95,12 @@ class Savings:
         if not self._kept_by_folds:
             return False
         unfold(self._freezer.model)
-        self._kept_by_folds, self._fold_tolerance = [], None
+        self._kept_by_folds, self._has_stopped_folding = [], True
         return True
 
     def fold(self) -> None:
         """Fold what froze; the prefix is extended only afterwards, so that its cache holds what folded layers put out."""
-        if self._fold_tolerance is None:
+        if self._fold_tolerance is None or self._has_stopped_folding:
             return
         with self._meter.activity("scoring"):
             folding = fold(self._freezer, tolerance=self._fold_tolerance)
@@ -149,11 +150,11 @@ class Savings:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to come to the same bits."""
         cache = None if self._prefix is None else self._prefix.cache
-        folding = None if self._fold_tolerance is None else folding_state(self._freezer.model)
+        folding = {"folding": folding_state(self._freezer.model), "has_stopped_folding": self._has_stopped_folding}
         if cache is None:
-            return {"folding": folding, "path": [], "limit_bytes": None, "usable": True}
+            return {**folding, "path": [], "limit_bytes": None, "usable": True}
         return {
-            "folding": folding,
+            **folding,
             "path": list(cache.path),
             "limit_bytes": cache.limit_bytes,
             "usable": cache.is_usable_by_all(),
@@ -161,9 +162,9 @@ class Savings:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`, with the freezer where it was then."""
-        if state["folding"] is None:
-            self._fold_tolerance = None
-        else:
+        self._has_stopped_folding = state["has_stopped_folding"]
+        # A run that goes on where weights are spread over processes cannot fold what one on its own has folded.
+        if self._fold_tolerance is not None:
             restore_folding(self._freezer.model, state["folding"])
             self._kept_by_folds = kept_tensors(self._freezer.model)
         if self._prefix is not None:

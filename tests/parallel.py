@@ -157,5 +157,8 @@ def run_up_to(step, config):
             raise KeyboardInterrupt
 
     building.Trainer.save = save_and_stop
-    with pytest.raises(KeyboardInterrupt):
-        runs.run(config)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(config)
+    finally:
+        building.Trainer.save = save

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from parallel import free_port
+from parallel import FSDP, free_port
 from test_run import bits
 
 from safe_lab import config as configuration
@@ -74,15 +74,15 @@ def is_alive(pid):
         return False
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_job_and_resume_goes_on_to_the_same_bits(rank, tiny_tree, tmp_path):
+@pytest.mark.parametrize(("rank", "environment"), [(0, {}), (1, {}), (1, FSDP)])
+def test_a_killed_process_ends_the_job_and_resume_goes_on_to_the_same_bits(rank, environment, tiny_tree, tmp_path):
     tiny_tree["training"] |= {"epochs": 12}
     tiny_tree["freezing"] |= {"interval": 8}
-    code, output = finish(start(tmp_path, tiny_tree, "variant=whole"))
+    code, output = finish(start(tmp_path, tiny_tree, "variant=whole", **environment))
     assert code == 0, output
     config = configuration.load(tmp_path / "run.yaml", ["variant=killed"])
 
-    process = start(tmp_path, tiny_tree, "variant=killed")
+    process = start(tmp_path, tiny_tree, "variant=killed", **environment)
     while not list(config.run_folder.glob("checkpoints/step-*")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
@@ -96,7 +96,7 @@ def test_a_killed_process_ends_the_job_and_resume_goes_on_to_the_same_bits(rank,
     assert not any(is_alive(pid) for pid in workers)
     assert not (config.run_folder / "result.json").exists()
 
-    code, output = finish(start(tmp_path, tiny_tree, "variant=killed", "--resume"))
+    code, output = finish(start(tmp_path, tiny_tree, "variant=killed", "--resume", **environment))
     assert code == 0, output
     assert "resumed at step" in output
     folders = (config.run_folder.parents[1] / variant / "seed-0" for variant in ("whole", "killed"))
@@ -116,10 +116,7 @@ def test_accelerate_launch_starts_two_processes_on_cpu(tiny_tree, tmp_path):
 
 def test_accelerate_launch_with_fsdp2_spreads_the_weights(tiny_tree, tmp_path):
     """The shipped file, with CPUs for GPUs."""
-    file = {"two-cpus.yaml": "fsdp2.yaml"}
-    launcher = [
-        str(Path(word).with_name(file[Path(word).name])) if Path(word).name in file else word for word in ACCELERATE
-    ]
+    launcher = [word.replace("two-cpus.yaml", "fsdp2.yaml") for word in ACCELERATE]
     started = start(tmp_path, tiny_tree, launcher=[*launcher, "--num_processes=2"], ACCELERATE_USE_CPU="true")
     code, output = finish(started)
     assert code == 0, output
@@ -136,14 +133,14 @@ def test_shipped_accelerate_configurations_are_what_accelerate_reads(file):
     assert found.num_processes >= found.num_machines >= 1
 
 
-@pytest.mark.parametrize("word", ["training.epochs=none", "variant=taken", "training.batch_size=1"])
+@pytest.mark.parametrize("word", ["training.epochs=none", "variant=taken", "training.batch_size=1", "--no-such-option"])
 def test_what_all_processes_find_wrong_is_said_once(word, tiny_tree, tmp_path):
     taken = configuration.build(tiny_tree | {"variant": "taken"}).run_folder
     taken.mkdir(parents=True)
     (taken / "config.yaml").write_text("name: other\n")
     code, output = finish(start(tmp_path, tiny_tree, word))
     assert code != 0
-    told = [line for line in output.splitlines() if line.startswith("error: ")]
+    told = [line for line in output.splitlines() if "error: " in line]
     assert told and len(told) == len(set(told))
     assert "Traceback" not in output.split("torch/distributed")[0]
 
@@ -236,7 +233,8 @@ def nodes(request):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_machines_need_no_disk_in_common(nodes, tiny_tree, tmp_path):
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["copies", "fsdp2"])
+def test_machines_need_no_disk_in_common(environment, nodes, tiny_tree, tmp_path):
     """Two machines with two processes each; each has an output folder of its own."""
     before, interface, address = nodes
     tiny_tree["training"] |= {"epochs": 5}
@@ -247,7 +245,9 @@ def test_machines_need_no_disk_in_common(nodes, tiny_tree, tmp_path):
         launcher += ["--nnodes=2", f"--node_rank={node}"]
         tree = tiny_tree | {"output_dir": str(tmp_path / f"node{node}"), "savings": {"keep_cache": True}}
         (tmp_path / f"{node}").mkdir()
-        started.append(start(tmp_path / f"{node}", tree, launcher=launcher, GLOO_SOCKET_IFNAME=interface))
+        started.append(
+            start(tmp_path / f"{node}", tree, launcher=launcher, GLOO_SOCKET_IFNAME=interface, **environment)
+        )
     for process in started:
         code, output = finish(process)
         assert code == 0, output

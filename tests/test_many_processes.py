@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from parallel import assert_like_one, in_processes, rows_of, run_up_to, train
+from parallel import FSDP, assert_like_one, in_processes, rows_of, run_up_to, train
 from test_run import bits, config_of
 from tiny import save_tiny_model, write_csv
 
@@ -51,6 +51,26 @@ def test_four_processes_do_where_some_have_no_row_of_the_last_batch(tree):
 )
 def test_processes_agree_whatever_is_on(sections, tree):
     assert_like_one(tree, count=2, **sections)
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["copies", "fsdp2"])
+@pytest.mark.parametrize(
+    "sections",
+    [{"training": {"mixed_precision": "bf16"}}, {"model": {"dtype": "bfloat16"}}],
+    ids=["autocast", "weights"],
+)
+def test_processes_agree_in_bfloat16(sections, environment, tree):
+    """To the bit with each other; with one process as far as eight bits of mantissa go."""
+    config = config_of(tree, **sections)
+    results, weights = zip(*in_processes(lambda processes: train(config), environment=environment), strict=True)
+    assert results[0] == results[1]
+    assert all(torch.equal(others, weight) for others, weight in zip(*map(dict.values, weights), strict=True))
+    assert results[0].frozen_depth > 0
+    alone = config_of(tree, variant="alone", **sections)
+    runs.run(alone)
+    losses = [[row["train/loss"] for row in rows_of(one)] for one in (config, alone)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    assert losses[0][:4] == pytest.approx(losses[1][:4], abs=2e-3)
 
 
 @pytest.mark.parametrize("budget", [None, "2MiB"])

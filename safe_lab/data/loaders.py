@@ -72,16 +72,24 @@ def build_probe(
             training) and at least 16.
         max_batch_size: Most examples in a batch; there are about eight batches, which leaves little padding.
         seed: Seed of the draw.
-        multiple_of: Each batch has a multiple of so many examples, and the whole up to one fewer than wanted.
+        multiple_of: Each batch has a multiple of so many examples, and the probe as many as that allows, but for what is over.
+
+    Raises:
+        ValueError: Fewer than ``multiple_of`` examples are wanted or there.
     """
     available = len(train)
-    wanted = max(16, min(128, available // 50)) if num_samples is None else num_samples
+    wanted = max(16, multiple_of, min(128, available // 50)) if num_samples is None else num_samples
+    if min(wanted, available) < multiple_of:
+        raise ValueError(
+            f"freezing.probe_samples: each of {multiple_of} processes that share a model needs an example, and there are "
+            f"{min(wanted, available)}"
+        )
     if num_samples is not None and wanted > available:
         log.warning(
             "freezing.probe_samples is %d, and the training split has %d examples: all are taken", wanted, available
         )
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
-    del drawn[len(drawn) // multiple_of * multiple_of or multiple_of :]
+    drawn = drawn[: len(drawn) // multiple_of * multiple_of]
     rows = sorted((train[i] for i in drawn), key=lambda row: row["length"])
     size = min(max_batch_size, max(4, wanted // 8))
     size = max(size // multiple_of, 1) * multiple_of

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from safe_lab.sharding import Gathering, own_part
+from safe_lab.sharding import Groups, own_part
 
 KINDS = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporary", "cache")
 PHASES = ("forward", "backward")
@@ -153,9 +153,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._trace: Trace | None = None
         self._hooks: list[Any] = []
         # Weights of a sharded model come and go without an operator; by group, the entry of those that are there.
-        self._gathering = Gathering(model)
-        self._gathered: list[_Storage | None] = [None] * len(self._gathering)
-        self._gathered_keys: set[int] = set()
+        self._groups = Groups(model)
+        self._whole_groups: list[_Storage | None] = [None] * len(self._groups)
+        self._group_keys: set[int] = set()
         # On an accelerator, host tensors (Adam's counters) do not count, and an operator has run once the device is done.
         self._on_cuda = bool(self._parameters) and self._parameters[0].is_cuda
 
@@ -171,9 +171,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._trace
 
     def __enter__(self) -> Self:
-        self._follow_gathering()
+        self._follow_groups()
         for kind, tensors in (
-            ("parameters", [*self._gathering.parts(), *self._parameters]),
+            ("parameters", [*self._groups.parts(), *self._parameters]),
             ("buffers", self._buffers),
             ("cache", self._cache),
             ("temporary", self._batch),
@@ -195,6 +195,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
         self._name_results()
+        self._follow_groups()
         self._region_ends.append(self._moment)
         self._trace = self._summarize()
         self._live.clear()
@@ -225,8 +226,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             count = _flops_by_id[id(func)] = _FLOPS.get(getattr(func, "_overloadpacket", func))
         if count is not None:
             self._flops["backward" if in_backward else "forward"] += count(*args, **kwargs, out_val=result)
-        if self._gathered:
-            self._follow_gathering()
+        if self._whole_groups:
+            self._follow_groups()
         if isinstance(result, Tensor):
             self._enter_storage(result, None)
         else:
@@ -245,7 +246,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except NotImplementedError:  # opaque and sparse tensors have none
             return
         key = storage._cdata
-        if key in self._gathered_keys:
+        if key in self._group_keys:
             return
         known = self._live.get(key)
         if known is not None:
@@ -264,18 +265,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bytes -= entry.nbytes
             entry.died = self._moment
 
-    def _follow_gathering(self) -> None:
+    def _follow_groups(self) -> None:
         """Enter the groups of weights that are whole since the last operator, and leave those that are no longer."""
-        for group, entry in enumerate(self._gathered):
-            if self._gathering.is_whole(group) == (entry is not None):
+        for group, entry in enumerate(self._whole_groups):
+            if self._groups.is_whole(group) == (entry is not None):
                 continue
             if entry is not None:
                 self._bytes -= entry.nbytes
-                entry.died, self._gathered[group] = self._moment - 1, None
+                entry.died, self._whole_groups[group] = max(entry.born, self._moment - 1), None
                 continue
-            storages = self._gathering.storages(group)
-            for key in {storage._cdata for storage in storages} - self._gathered_keys:
-                self._gathered_keys.add(key)
+            storages = self._groups.storages(group)
+            for key in {storage._cdata for storage in storages} - self._group_keys:
+                self._group_keys.add(key)
                 if key in self._live:
                     # As it was made, the operators that made it gave it out for a result of theirs.
                     _, made = self._live.pop(key)
@@ -283,7 +284,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     made.died = max(made.born, self._moment - 1)
             entry = _Storage(sum(storage.nbytes() for storage in storages), self._moment, -1, "parameters")
             self._storages.append(entry)
-            self._gathered[group] = entry
+            self._whole_groups[group] = entry
             self._bytes += entry.nbytes
 
     def _name(self, tensors: Iterable[Tensor], kind: str) -> None:

@@ -11,26 +11,23 @@ rows are computed in blocks of fixed composition, and padded to a multiple of 16
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
+import itertools
 import logging
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from safe_lab.importance.probe import Batch
 from safe_lab.memory import is_out_of_memory
+from safe_lab.prefix.ahead import ReadAhead
+from safe_lab.prefix.index import Rows, read_index, unfinished, write_index
 from safe_lab.prefix.rows import count_tokens, make_keys
 from safe_lab.prefix.stack import Stack
 from safe_lab.prefix.store import FileStore, MemoryStore
@@ -39,9 +36,6 @@ from safe_lab.processes import ALONE, Processes
 log = logging.getLogger(__name__)
 
 DATA, INDEX = "activations.bin", "activations.index"
-# Key -> offset, tokens, checksum.
-_Rows = dict[bytes, tuple[int, int, int]]
-_ENTRY = np.dtype([("key", "S16"), ("offset", "<i8"), ("tokens", "<i4"), ("checksum", "<u8")])
 
 
 class _Block(NamedTuple):
@@ -75,7 +69,7 @@ class ActivationCache:
         limit_bytes: int | None = None,
         dtype: torch.dtype | None = None,
         processes: Processes = ALONE,
-        in_step: Processes = ALONE,
+        sharers: Processes = ALONE,
     ) -> None:
         """Prepare; nothing is written yet.
 
@@ -84,7 +78,7 @@ class ActivationCache:
             limit_bytes: Most bytes of activations; None: half of what is free when it is first filled.
             dtype: What they are kept in; None: as computed.
             processes: Those that share the files, and have the same examples: each computes some blocks, all read all.
-            in_step: Those over which the layers' weights are spread, here and on other machines: they run them together.
+            sharers: Those over which the layers' weights are spread, here and on other machines: they run them together.
 
         Raises:
             ValueError: Several processes would share the memory of one.
@@ -100,16 +94,16 @@ class ActivationCache:
         self._dtype = dtype
         self._computed: torch.dtype | None = None
         self._width = 0
-        self._rows: _Rows = {}
+        self._rows: Rows = {}
         self._store: FileStore | MemoryStore | None = None
         self._dropped = False
         self._processes = processes
-        self._in_step = in_step
+        self._sharers = sharers
         # What one of them cannot do, none does.
-        self._agreeing = in_step if in_step.count > 1 else processes
-        self._reader: ThreadPoolExecutor | None = None
-        # Of the last two batches that were read ahead, the row of each key, and the rows.
-        self._ahead: deque[tuple[dict[bytes, int], Future[Tensor | None]]] = deque(maxlen=2)
+        self._agreeing = sharers if sharers.count > 1 else processes
+        # Those that run the layers together have it all, at the same depth.
+        self._is_shared = False
+        self._ahead = ReadAhead()
 
     @property
     def num_examples(self) -> int:
@@ -135,17 +129,27 @@ class ActivationCache:
         """Whether no process has dropped it; to be asked by all."""
         return not self._agreeing.any(self._dropped)
 
-    def lacks_for_one(self, found: Sequence[bool]) -> bool:
+    def one_lacks(self, found: Sequence[bool]) -> bool:
         """Whether one of those that run the layers together lacks rows of its batch; to be asked by all of them.
+
+        If one of them has dropped the cache, it is of no use to the others either, and they do so too.
 
         Args:
             found: What :meth:`find` says here.
         """
-        return self._in_step.count > 1 and self._in_step.any(not all(found))
+        if not self._is_shared:
+            return False
+        flags = torch.tensor([float(not all(found)), float(self._dropped)])
+        lacking, dropped = self._sharers.sum(flags).tolist()
+        if dropped:
+            self._is_shared = False
+            if not self._dropped:
+                self._drop("was dropped by another process")
+        return bool(lacking)
 
     def smallest(self, depth: int) -> int:
         """The smallest depth that a process gives; to be asked by all."""
-        return min(self._agreeing.gather(depth))
+        return -self._agreeing.largest(-depth)
 
     def is_to_grow(self, depth: int) -> bool:
         """Whether it holds less than the output of layer ``depth - 1``, and can; to be asked by all processes."""
@@ -170,24 +174,27 @@ class ActivationCache:
                 self._drop("was dropped by another process")
             return
         assert depth > self.depth
-        self._forget_ahead()
+        self._is_shared = False
+        self._ahead.forget()
         try:
             self._together(self._create)
             self._together(self._open)
             self.limit_bytes = self._processes.broadcast(self.limit_bytes)
-            computed: _Rows = {}
+            computed: Rows = {}
             self._together(lambda: self._fill(stack, depth, blocks, around, computed))
             for rows in self._processes.gather(computed):
                 self._rows.update(rows)
             self.depth, self.path = depth, [*self.path, depth]
             self._together(lambda: self._write_index(fingerprint))
+            self._is_shared = self._sharers.count > 1
         except OSError as error:
             self._drop(f"cannot be written ({error})")
         except _UnusableError as error:
             self._drop(str(error))
         except (RuntimeError, MemoryError) as error:
             self.give_up()
-            if not is_out_of_memory(error):
+            # The others wait in the midst of a pass for what this process has of a sharded layer.
+            if not is_out_of_memory(error) or self._sharers.count > 1:
                 raise
             self._drop("was being filled when memory ran out")
         except BaseException:
@@ -209,11 +216,12 @@ class ActivationCache:
             if taken_up:
                 self.close(keep=True)
             return False
+        self._is_shared = self._sharers.count > 1
         return True
 
     def _take_up(self, folder: Path, path: Sequence[int], fingerprint: str) -> bool:
         try:
-            header, entries = _read_index(folder / INDEX)
+            header, rows = read_index(folder / INDEX)
             computed = getattr(torch, header["computed"])
             here = fingerprint, list(path), str(self._dtype)
             size = (folder / DATA).stat().st_size
@@ -222,10 +230,7 @@ class ActivationCache:
             self._store = FileStore(folder / DATA, size=header["bytes"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
-        self._rows = {
-            bytes(key).ljust(16, b"\0"): (int(offset), int(tokens), int(checksum))
-            for key, offset, tokens, checksum in entries
-        }
+        self._rows = rows
         self._width, self._computed = header["width"], computed
         self.depth, self.path = path[-1], list(path)
         return True
@@ -235,15 +240,10 @@ class ActivationCache:
         return [key in self._rows for key in make_keys(inputs)]
 
     def ahead(self, inputs: Batch) -> None:
-        """Begin to read the rows of a batch that is about to come, off this thread.
-
-        Whether it is then asked for whole or in parts makes no difference. Of three such batches the first is forgotten.
-        """
+        """Begin to read the rows of a batch that is about to come, off this thread (:class:`ReadAhead`)."""
         keys = [key for key in make_keys(inputs) if key in self._rows] if self.depth else []
         if keys:
-            self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="activation-cache")
-            future = self._reader.submit(self._read, keys, inputs["input_ids"].shape[1])
-            self._ahead.append(({key: row for row, key in enumerate(keys)}, future))
+            self._ahead.begin(self._read, keys, inputs["input_ids"].shape[1])
 
     def read(self, inputs: Batch, rows: Sequence[int] | None = None) -> Tensor | None:
         """Activations of rows that are kept.
@@ -259,7 +259,7 @@ class ActivationCache:
         keys = make_keys(inputs)
         keys = keys if rows is None else [keys[i] for i in rows]
         columns = inputs["input_ids"].shape[1]
-        found = self._take_ahead(keys, columns)
+        found = self._ahead.take(keys, columns)
         if found is None:
             found = self._read(keys, columns)
         if found is None and not self._dropped:
@@ -268,19 +268,17 @@ class ActivationCache:
 
     def close(self, *, keep: bool = False) -> None:
         """End: give memory back, and remove the files unless they are to be kept."""
-        self._forget_ahead()
-        if self._reader is not None:
-            self._reader.shutdown()
-            self._reader = None
+        self._ahead.close()
         if self._store is not None:
             self._store.close()
             self._store = None
         self._rows, self.depth, self.path = {}, 0, []
+        self._width, self._computed = 0, None
         if self._folder is not None and not keep and self._processes.is_main:
             # Its own files and no other: the folder may be one that holds more.
-            for name in (DATA, INDEX, f".unfinished-{INDEX}"):
+            for path in (self._folder / DATA, self._folder / INDEX, unfinished(self._folder / INDEX)):
                 with suppress(OSError):
-                    (self._folder / name).unlink()
+                    path.unlink()
             with suppress(OSError):
                 self._folder.rmdir()
 
@@ -296,7 +294,7 @@ class ActivationCache:
             do()
         except Exception as error:
             # Raised below, once the others know; unless they are in the midst of a pass that needs this process.
-            if self._in_step.count > 1 and not isinstance(error, OSError | _UnusableError):
+            if self._sharers.count > 1 and not isinstance(error, OSError | _UnusableError):
                 raise
             failure = error
         if self._agreeing.any(failure is not None):
@@ -322,7 +320,7 @@ class ActivationCache:
             self._store = FileStore(self._folder / DATA, size=0)
 
     def _fill(
-        self, stack: Stack, depth: int, blocks: Iterable[Batch], around: Callable[[Any], Any], computed: _Rows
+        self, stack: Stack, depth: int, blocks: Iterable[Batch], around: Callable[[Any], Any], computed: Rows
     ) -> None:
         """Every process lays out all rows alike, and computes and writes those of its own blocks, into ``computed`` too.
 
@@ -334,18 +332,20 @@ class ActivationCache:
             with around(inputs):
                 return stack.run(inputs, start=self.depth, stop=depth, hidden=hidden)
 
-        spare: list[dict[str, Tensor]] = []
+        batches = iter(blocks)
+        first = next(batches, None)
+        if first is None:
+            return
+        spare = stack.select(first, [0])
+        rank, count = self._processes.rank, self._processes.count
+        if not self._width and max(count, self._sharers.count) > 1:
+            # How wide a row is, and of which dtype, from one of them.
+            hidden = run(spare, None)
+            self._computed, self._width = hidden.dtype, hidden.shape[-1]
 
         def own_blocks() -> Iterator[_Block]:
             grown: set[bytes] = set()
-            rank, count = self._processes.rank, self._processes.count
-            for number, batch in enumerate(blocks):
-                if not spare:
-                    spare.append(stack.select(batch, [0]))
-                    if not self._width and max(count, self._in_step.count) > 1:
-                        # How wide a row is, and of which dtype, from one of them.
-                        hidden = run(spare[0], None)
-                        self._computed, self._width = hidden.dtype, hidden.shape[-1]
+            for number, batch in enumerate(itertools.chain([first], batches)):
                 block = self._lay_out(batch, grown)
                 if block.rows and number % count == rank:
                     yield block
@@ -353,8 +353,8 @@ class ActivationCache:
                     self._leave_room(block)
 
         failure: Exception | None = None
-        for block in self._in_step.in_step(own_blocks()):
-            inputs = spare[0] if block is None else stack.select(block.batch, block.rows)
+        for block in self._sharers.in_step(own_blocks()):
+            inputs = spare if block is None else stack.select(block.batch, block.rows)
             stored = None
             if self.depth:
                 columns = inputs["input_ids"].shape[1]
@@ -371,7 +371,7 @@ class ActivationCache:
                     self._keep(block, hidden, computed)
                 except (OSError, _UnusableError) as error:
                     failure = error
-            if failure is not None and self._in_step.count == 1:
+            if failure is not None and self._sharers.count == 1:
                 break
         if failure is not None:
             raise failure
@@ -393,7 +393,7 @@ class ActivationCache:
         # Nothing is computed that does not fit; how large a row is shows only with the first block.
         return _Block(batch, keys, lengths, self._fitting(rows, lengths) if self._width else rows)
 
-    def _keep(self, block: _Block, hidden: Tensor, computed: _Rows) -> None:
+    def _keep(self, block: _Block, hidden: Tensor, computed: Rows) -> None:
         """Write the rows of a block, which ``hidden`` has in their order, and enter them."""
         assert self._store is not None
         keys, lengths, rows = block.keys, block.lengths, block.rows
@@ -435,21 +435,6 @@ class ActivationCache:
                 fitting.append(row)
         return fitting
 
-    def _take_ahead(self, keys: Sequence[bytes], columns: int) -> Tensor | None:
-        """Rows that were read ahead, cut to ``columns``; None if they were not, or could not be read."""
-        for entry in self._ahead:
-            places, future = entry
-            if all(key in places for key in keys):
-                hidden = future.result()
-                if hidden is None or hidden.shape[1] < columns:
-                    return None
-                if len(keys) == len(hidden):
-                    self._ahead.remove(entry)
-                rows = [places[key] for key in keys]
-                in_order = rows == list(range(len(hidden)))
-                return (hidden if in_order else hidden[torch.tensor(rows)])[:, :columns]
-        return None
-
     def _read(self, keys: Sequence[bytes], columns: int) -> Tensor | None:
         assert self._store is not None and self._computed is not None
         hidden = torch.zeros(len(keys), columns, self._width, dtype=self._dtype or self._computed)
@@ -470,7 +455,6 @@ class ActivationCache:
             return
         assert isinstance(self._store, FileStore)
         self._store.sync()
-        entries = np.array([(key, *row) for key, row in self._rows.items()], dtype=_ENTRY)
         header = {
             "fingerprint": fingerprint,
             "path": self.path,
@@ -479,39 +463,11 @@ class ActivationCache:
             "dtype": str(self._dtype),
             "computed": str(self._computed).removeprefix("torch."),
         }
-        table = io.BytesIO()
-        np.save(table, entries, allow_pickle=False)
-        body = json.dumps(header).encode() + b"\n" + table.getvalue()
-        unfinished = self._folder / f".unfinished-{INDEX}"
-        with unfinished.open("wb") as file:
-            file.write(hashlib.sha256(body).digest() + body)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self._folder / INDEX)
+        write_index(self._folder / INDEX, header, self._rows)
 
     def _drop(self, reason: str) -> None:
         log.warning("the activation cache %s; it is dropped, and the frozen layers run again from here on", reason)
         self.give_up()
-
-    def _forget_ahead(self) -> None:
-        # One thread reads them in turn: with the last of them those that were forgotten before are done too.
-        wait([future for _, future in self._ahead])
-        self._ahead.clear()
-
-
-def _read_index(path: Path) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
-    """Header and entries.
-
-    Raises:
-        OSError: There is none.
-        ValueError: It is cut or altered.
-    """
-    whole = path.read_bytes()
-    digest, body = whole[:32], whole[32:]
-    if hashlib.sha256(body).digest() != digest:
-        raise ValueError("altered")
-    header, _, table = body.partition(b"\n")
-    return json.loads(header), np.load(io.BytesIO(table), allow_pickle=False)
 
 
 def _free_bytes(folder: Path | None) -> int:

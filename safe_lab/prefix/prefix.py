@@ -13,10 +13,12 @@ import transformers
 from torch import Tensor, nn
 
 from safe_lab.importance.probe import Batch, LossFunction, undisturbed
+from safe_lab.memory import is_out_of_memory
 from safe_lab.prefix.cache import ActivationCache
 from safe_lab.prefix.rows import is_padded_on_the_right
 from safe_lab.prefix.stack import Stack, UnsupportedError, first_tensor
-from safe_lab.sharding import gather
+from safe_lab.processes import ALONE, Processes, is_connection_lost
+from safe_lab.sharding import abandon_pass, is_sharded, whole
 from safe_lab.units import Unit
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Prefix:
         *,
         cache: ActivationCache | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        sharers: Processes = ALONE,
     ) -> None:
         """Find the layers.
 
@@ -71,6 +74,7 @@ class Prefix:
             loss_function: ``loss_function(model, batch)`` runs the model.
             cache: Empty, or to be taken up by :meth:`restore`.
             autocast: The precision in which the whole model runs (``accelerator.autocast``).
+            sharers: Those over which the model's weights are spread: they run the same layers.
         """
         self.depth = 0
         self.cache = cache
@@ -80,6 +84,7 @@ class Prefix:
         self._has_warned = False
         self._loss_function = loss_function
         self._autocast = autocast
+        self._sharers = sharers
         self._stack: Stack | None = None
         try:
             self._stack = Stack(model, units)
@@ -143,8 +148,8 @@ class Prefix:
         found, hidden = self._read(inputs)
         kept = [i for i in range(len(found)) if found[i]]
         # Where one process has to run the layers from the input, those that must run them together do.
-        lacks_for_one = self.cache is not None and self.cache.lacks_for_one(found)
-        if hidden is None or lacks_for_one:
+        one_lacks = self.cache is not None and self.cache.one_lacks(found)
+        if hidden is None or one_lacks:
             return self._compute(inputs, around)
         hidden = hidden.to(self._device, non_blocking=True)
         if start < self.depth:
@@ -261,11 +266,10 @@ class Prefix:
         )
 
     def _look_together(self) -> None:
-        """Find the depth, the same for all processes that share a cache."""
+        """Find the depth, the same for all processes that share a cache or the model's weights."""
         self._look()
-        if self.cache is None:
-            return
-        depth = self.cache.smallest(self.depth if self._stack is not None else -1)
+        depth = self.depth if self._stack is not None else -1
+        depth = -self._sharers.largest(-depth) if self.cache is None else self.cache.smallest(depth)
         if depth < 0 and self._stack is not None:
             self._leave_alone("another process cannot")
         self.depth = max(depth, 0)
@@ -291,8 +295,11 @@ class Prefix:
             return
         except Exception as error:
             # Run in part, a model's own code raises whatever it does; what it raises when run whole is for others to tell.
-            if not self.depth:
+            # Nor is another process gone by its doing; and those that share its weights wait for one that is out of memory.
+            is_its_own = not is_connection_lost(error) and not (is_sharded(self._model) and is_out_of_memory(error))
+            if not self.depth or not is_its_own:
                 raise
+            abandon_pass(self._model)
             self._leave_alone(f"run in part it raises {type(error).__name__}: {error}")
             return
         mask = batch.get("attention_mask")
@@ -357,7 +364,7 @@ class Prefix:
         digest.update(repr(getattr(getattr(backbone, "config", None), "_attn_implementation", None)).encode())
         for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
             if id(tensor) not in above and not tensor.requires_grad:
-                value = int(torch.hash_tensor(gather(tensor.detach())).item())
+                value = int(torch.hash_tensor(whole(tensor.detach())).item())
                 digest.update(repr((name, str(tensor.dtype), tensor.device.type, value)).encode())
         with self._autocast():
             enabled = torch.is_autocast_enabled(next(backbone.parameters()).device.type)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from safe_lab.importance.probe import Batch
 from safe_lab.model import num_positions
 from safe_lab.prefix.rows import make_ragged, select_rows
-from safe_lab.sharding import abandon_pass
+from safe_lab.sharding import abandon_pass, call_of
 from safe_lab.units import Unit
 
 Give = Callable[[], Tensor]
@@ -150,7 +150,7 @@ class Stack:
     @contextmanager
     def giving(self, indices: range, give: Give) -> Iterator[None]:
         """Inside, the layers of ``indices`` do not run, and return what ``give`` does."""
-        entries = [(self.layers[i], _entry(self.layers[i])) for i in indices]
+        entries = [(self.layers[i], call_of(self.layers[i])) for i in indices]
         before = [layer.__dict__.get(entry) for layer, entry in entries]
         try:
             for i, (layer, entry) in zip(indices, entries, strict=True):
@@ -167,12 +167,6 @@ class Stack:
     def _give(self, index: int, give: Give, *_: Any, **__: Any) -> Any:
         rest = self._rest[index]
         return give() if rest is None else (give(), *rest)
-
-
-def _entry(layer: nn.Module) -> str:
-    """The method of a layer to stand in for: of a sharded one the call as a whole, whose hooks would gather its weights."""
-    # What nn.Module calls, if it is there, in the place of forward and hooks (torch 2.13: compiled modules have it).
-    return "_compiled_call_impl" if hasattr(layer, "unshard") else "forward"
 
 
 class _ReachedError(Exception):

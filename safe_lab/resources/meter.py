@@ -157,8 +157,9 @@ class Meter:
             if name == "evaluation" and self._evaluation is not None:
                 yield
                 trace = self._evaluation
-                now = {**self._held, **{kind: trace.peak[kind] for kind in _BY_TOKEN}}
-                mean = {**self._held, **{kind: trace.mean[kind] for kind in _BY_TOKEN}}
+                # Parameters too: those of a sharded model are gathered and given up again.
+                now = {**self._held, **{kind: trace.peak[kind] for kind in (*_BY_TOKEN, "parameters")}}
+                mean = {**self._held, **{kind: trace.mean[kind] for kind in (*_BY_TOKEN, "parameters")}}
                 trace = replace(trace, peak=now, peak_bytes=sum(now.values()), mean=mean, left=self._held)
             else:
                 with Ledger(self._model, self._optimizer, cache=self._cache()) as ledger:
