@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from safe_lab.adapters import attach, find_units
+    from safe_lab.adapters import attach, base_weights, find_units
     from safe_lab.config import Config, load
     from safe_lab.folding import fold, unfold
     from safe_lab.freezing import Freezer, FreezingRule, Scoring
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from safe_lab.processes import Processes
     from safe_lab.replicas import Replicas
     from safe_lab.section import ConfigError
+    from safe_lab.sharding import shard
     from safe_lab.units import Unit
 
 _HOME = {
@@ -25,6 +26,7 @@ _HOME = {
     "fold": "folding",
     "unfold": "folding",
     "attach": "adapters",
+    "base_weights": "adapters",
     "find_units": "adapters",
     "Config": "config",
     "ConfigError": "section",
@@ -35,6 +37,7 @@ _HOME = {
     "METRICS": "importance",
     "Processes": "processes",
     "Replicas": "replicas",
+    "shard": "sharding",
     "Ledger": "memory",
     "Trace": "memory",
     "split_batch": "memory",
@@ -56,9 +59,11 @@ __all__ = [
     "Trace",
     "Unit",
     "attach",
+    "base_weights",
     "find_units",
     "fold",
     "load",
+    "shard",
     "split_batch",
     "unfold",
 ]

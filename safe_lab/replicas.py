@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from safe_lab.processes import Processes
+from safe_lab.sharding import is_sharded
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Replicas:
     Overlapped, PyTorch's DistributedDataParallel does it while the backward pass runs. It waits for the gradients of all that
     trained when it was made, and sends no others: it is made anew whenever something freezes (:meth:`wrap`; pytorch #22049).
     Otherwise they are averaged after it (:meth:`average`): a process that runs out of memory half-way can begin anew, since no
-    other waits for it in the middle of its own backward pass, and a weight that a pass does not use may lack a gradient.
+    other waits for it in the middle of its own backward pass, and a weight that a pass does not use may lack a gradient. So they
+    are where the weights that do not train are spread over the processes (:mod:`safe_lab.sharding`).
 
     On one process there is nothing to do.
 
@@ -61,7 +63,7 @@ class Replicas:
         """
         self.model = self._inside = model
         self._processes = processes
-        self._overlapped = overlapped and processes.count > 1
+        self._overlapped = overlapped and processes.count > 1 and not is_sharded(model)
         self.traffic = Traffic()
         self._sent = _Sent(processes.group)
         with torch.no_grad():
@@ -100,7 +102,7 @@ class Replicas:
 
     @torch.no_grad()
     def average(self) -> None:
-        """After the last backward pass of a step: average what has not been yet."""
+        """After the last backward pass of a step: average what has not been yet; nothing if that was done in the pass."""
         if self._overlapped or self._processes.count == 1:
             return
         live = self._live

@@ -9,6 +9,7 @@ from parallel import in_processes
 from tiny import random_batch, tiny_model
 
 from safe_lab.adapters import attach, build_peft_config
+from safe_lab.sharding import is_sharded, own_part
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 SECTION = README.split("## In a training loop of your own")[1].split("\n## ")[0]
@@ -83,9 +84,14 @@ def test_a_ledger_tells_of_a_step(loop, capsys):
     assert int(capsys.readouterr().out.split()[0]) > 0
 
 
-def test_the_loop_on_several_processes_freezes_alike_and_ends_with_the_same_weights(loop):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_loop_on_several_processes_freezes_alike_and_ends_with_the_same_weights(sharded, loop):
     page = (Path(__file__).parents[1] / "docs" / "multi-gpu.md").read_text()
-    block = re.search(r"## In a loop of your own\n\n```python\n(.*?)```", page, flags=re.DOTALL).group(1)
+    block, sharding = re.findall(
+        r"```python\n(.*?)```", page.partition("## In a loop of your own\n")[2], flags=re.DOTALL
+    )
+    if sharded:
+        block = re.sub(r"model = accelerator.prepare_model.*\n", sharding, block)
     loop["batches"] = [random_batch(4, 16, seed=seed) for seed in range(4)]
 
     def run(processes):
@@ -94,7 +100,9 @@ def test_the_loop_on_several_processes_freezes_alike_and_ends_with_the_same_weig
             block.replace("FreezingRule(final=6)", "FreezingRule(final=6, normalize='rank', final_threshold=0.6)"),
             names,
         )
-        return names["freezer"].frozen, {name: p.detach().clone() for name, p in names["model"].named_parameters()}
+        assert is_sharded(names["model"]) == sharded
+        trained = {name: p.detach().clone() for name, p in names["model"].named_parameters() if own_part(p) is p}
+        return names["freezer"].frozen, trained
 
     (frozen, weights), (frozen_too, others) = in_processes(run)
     assert frozen == frozen_too and any(frozen)
