@@ -13,8 +13,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,9 +23,10 @@ from safe_lab.byte_size import parse_bytes
 from safe_lab.config import Config, FreezingSection, TrainingSection
 from safe_lab.console import Console
 from safe_lab.data import Collator, Data, EpochBatchSampler, load_data
-from safe_lab.data.loaders import build_eval_loader, build_probe, build_train_loader, hash_rows, iterate_blocks
+from safe_lab.data.loaders import build_eval_loader, build_probe, build_train_loader, iterate_blocks
 from safe_lab.freezing import Freezer, FreezingRule
 from safe_lab.importance.probe import Batch, undisturbed
+from safe_lab.job import check_alike, is_to_shard
 from safe_lab.memory import Stage
 from safe_lab.micro_batches import MicroBatches
 from safe_lab.model import (
@@ -43,7 +43,7 @@ from safe_lab.prefix import ActivationCache, Prefix
 from safe_lab.processes import ALONE, Processes
 from safe_lab.replicas import Replicas
 from safe_lab.resources import Clock, EnergyMeter, Meter
-from safe_lab.run_folder import RunFolder, to_json
+from safe_lab.run_folder import RunFolder
 from safe_lab.savings import Savings
 from safe_lab.sharding import shard
 from safe_lab.tracking import Tracking, start_trackers
@@ -73,40 +73,6 @@ class Parts:
     trainer: Trainer
 
 
-def build_accelerator(settings: TrainingSection) -> Accelerator:
-    """Accelerate, on as many processes as were started.
-
-    Raises:
-        ValueError: It was set up for a way of sharing the work that safe_lab does not have.
-    """
-    # Accelerate keeps its state for the life of the process; a second run would inherit precision and accumulation.
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    with launch.without_fsdp():
-        accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision.replace("none", "no"),
-            gradient_accumulation_steps=settings.gradient_accumulation,
-            step_scheduler_with_optimizer=False,
-            # Without it torchrun's processes on a machine that has no GPU would each believe to be alone (accelerate 1.15).
-            cpu=launch.is_one_of_several() and not torch.accelerator.is_available(),
-        )
-    if accelerator.distributed_type not in (
-        DistributedType.NO,
-        DistributedType.MULTI_CPU,
-        DistributedType.MULTI_GPU,
-    ):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} is not supported; safe_lab trains on one process, or on several with a copy "
-            "of the model each: accelerate launch --multi_gpu"
-        )
-    if accelerator.device.type == "cuda" and launch.num_on_node() > torch.cuda.device_count():
-        raise ValueError(
-            f"{launch.num_on_node()} processes on this machine, and it has {torch.cuda.device_count()} GPUs: start as many "
-            "(accelerate launch --num_processes N)"
-        )
-    return accelerator
-
-
 def build(
     config: Config, folder: RunFolder, console: Console, accelerator: Accelerator, processes: Processes = ALONE
 ) -> Parts:
@@ -114,10 +80,10 @@ def build(
     clock, energy = Clock(accelerator.device), EnergyMeter(accelerator.device)
     set_seed(config.seed)
 
-    sharded = _is_to_shard(config, processes)
+    sharded = is_to_shard(config, processes)
     with launch.without_fsdp():
         base, attached, tokenizer, data = load_parts(config)
-    _check_alike(config, attached, data, processes)
+    check_alike(config, attached, data, processes)
     if config.model.gradient_checkpointing:
         checkpoint_gradients(base)
     if sharded:
@@ -312,55 +278,6 @@ def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTok
     )
     check_length(base, config.data.max_length)
     return base, attach(base, build_peft_config(**config.adapter.model_dump(), head_modules=heads)), tokenizer, data
-
-
-def _is_to_shard(config: Config, processes: Processes) -> bool:
-    """Whether the base weights are to be spread over the processes, as the launcher was told.
-
-    Raises:
-        ValueError: A setting does not go with it.
-    """
-    if not launch.is_sharded():
-        return False
-    if processes.count == 1:
-        log.warning("FSDP has no effect on a single process: there is no other to keep a part of the weights")
-        return False
-    if config.memory.budget is not None:
-        raise ValueError(
-            "memory.budget plans with the whole model on each device, and FSDP keeps a part of it there: leave one of them out"
-        )
-    for setting in launch.without_effect():
-        log.warning("%s has no effect: docs/multi-gpu.md tells what of FSDP has", setting)
-    if config.savings.fold and config.freezing.policy != "none":
-        log.warning(
-            "savings.fold has no effect with FSDP, as no process has the whole base weight into which a frozen adapter's update "
-            "would go: frozen adapters run beside it"
-        )
-    return True
-
-
-def _check_alike(config: Config, attached: Attached, data: Data, processes: Processes) -> None:
-    """Hold what each process has read by itself against what process 0 has.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    if processes.count == 1:
-        return
-    settings = config.model_dump(mode="json", exclude={"output_dir": True, "model": {"path"}, "data": {"path"}})
-    # A hash of what the rows hold, and not the library's own, which is of how they came to be.
-    read = {
-        "the configuration": to_json(settings),
-        "how the launcher was told to use FSDP": to_json([launch.is_sharded(), launch.reshards_after_forward()]),
-        f"the weights behind model.path, {config.model.path},": attached.base_fingerprint,
-        **{
-            f"the {split} split": hash_rows(rows) for split, rows in {"training": data.train, **data.validation}.items()
-        },
-    }
-    for rank, other in enumerate(processes.gather(read)):
-        for what, found in other.items():
-            if found != read.get(what):
-                raise ValueError(f"{what} is not on process {rank} what it is on process {processes.rank}")
 
 
 def uses_all_that_trains(model: nn.Module, batch: Batch) -> bool:

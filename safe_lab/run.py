@@ -11,13 +11,14 @@ from typing import Any
 
 from safe_lab import config as configuration
 from safe_lab import launch
-from safe_lab.build import Parts, build, build_accelerator
+from safe_lab.build import Parts, build
 from safe_lab.byte_size import format_bytes, parse_bytes
 from safe_lab.config import Config
 from safe_lab.config import warnings as config_warnings
 from safe_lab.console import Console
 from safe_lab.environment import describe_environment
 from safe_lab.export import export
+from safe_lab.job import build_accelerator
 from safe_lab.policy import POLICIES
 from safe_lab.processes import Processes
 from safe_lab.resources import TRAINING, combine, spread

@@ -30,6 +30,7 @@ LAYERS = [
     {"savings", "tracking", "losses", "micro_batches", "training_state"},
     {"console"},
     {"trainer"},
+    {"job"},
     {"build"},
     {"run"},
     {"bench"},
@@ -39,7 +40,7 @@ LAYERS = [
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # The paper's part works without configuration, trainer or tracker.
 PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest", "processes", "sharding"}
-ONLY_IN = {"accelerate": {"trainer", "build", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
+ONLY_IN = {"accelerate": {"trainer", "job", "build", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
 
 
 def imports():
