@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from safe_lab.suggest import did_you_mean
 
@@ -29,7 +29,10 @@ _SECONDS_FOR_PROCESS_0 = 5.0
 
 
 class _Parser(argparse.ArgumentParser):
-    """Of several processes with the same words, the first says what is wrong with them."""
+    """Words in full alone; of several processes with the same ones, the first says what is wrong with them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         from safe_lab import launch
@@ -144,8 +147,7 @@ def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
         return 1
     except (RuntimeError, MemoryError) as error:
         if is_connection_lost(error):
-            cause = str(error).splitlines()[0]
-            _tell(f"stopped: another process of this job has ended ({cause}); {goes_on}", of_this_process=True)
+            _tell(f"stopped: another process of this job has ended; {goes_on}", of_this_process=True)
         elif is_out_of_memory(error):
             _tell(
                 f"stopped: memory ran out ({error}); set memory.budget or a smaller batch; {goes_on}",

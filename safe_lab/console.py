@@ -95,7 +95,8 @@ class Console:
 
     def summarize(self, result: Mapping[str, Any], folder: Path) -> None:
         """The tables at the end, and where the files are."""
-        metrics = Table("metric", "value", title="task metrics", title_justify="left")
+        title = f"task metrics after step {result['selected_step']} of {result['steps']}"
+        metrics = Table("metric", "value", title=title, title_justify="left")
         for name, value in result["metrics"].items():
             metrics.add_row(name, f"{value:.4f}")
         for name, value in result["baselines"].items():
@@ -147,12 +148,12 @@ class Console:
         self._finish(result, folder)
 
     def _finish(self, result: Mapping[str, Any], folder: Path) -> None:
-        self._show_resources(result["resources"], result["tokens"])
+        self._show_resources(result["resources"], result["tokens"], result["processes"])
         if result["unfrozen_forecast"]:
             self._show_savings(result["resources"], result["unfrozen_forecast"])
         self.say(f"files: {folder}  (adapter for PEFT: {folder / 'adapter'})")
 
-    def _show_resources(self, resources: Mapping[str, Any], num_tokens: int) -> None:
+    def _show_resources(self, resources: Mapping[str, Any], num_tokens: int, processes: Mapping[str, Any]) -> None:
         memory = Table("live memory", "at the peak", "mean over the run", title="resources", title_justify="left")
         for kind, peak in resources["memory_peak_by_kind"].items():
             mean = resources["memory_mean_by_kind"][kind]
@@ -176,9 +177,16 @@ class Console:
         joules = resources["joules"]
         energy = "no energy meter" if joules is None else f"{joules:.0f} J"
         traced, scaled = resources["traced_micro_steps"], resources["scaled_micro_steps"]
-        padding = 1 - num_tokens / resources["tokens_computed"]
-        hint = "; savings.trim_padding cuts it" if padding > _MUCH_PADDING else ""
-        self.say(f"{padding:.0%} of what was computed in training is padding{hint}")
+        if processes["count"] > 1:
+            self.say(f"of {processes['count']} processes: bytes of each, FLOPs of all, seconds of the first")
+        if processes["unaccounted"]:
+            self.say(
+                f"what {processes['unaccounted']} more cost, which trained before the run was resumed, is in no figure here"
+            )
+        else:
+            padding = 1 - num_tokens / resources["tokens_computed"]
+            hint = "; savings.trim_padding cuts it" if padding > _MUCH_PADDING else ""
+            self.say(f"{padding:.0%} of what was computed in training is padding{hint}")
         self.say(
             f"{resources['tokens_per_second']:.0f} tokens/s; {energy}; bytes and FLOPs traced on {traced} of "
             f"{traced + scaled} micro-steps, scaled on the others"
@@ -210,8 +218,8 @@ class Console:
         self.rich.print(table)
         self.say(
             "The forecast is the part of the run before the first freeze event, carried on to the end, at its seconds a FLOP: on "
-            "a busy machine trust the FLOPs. memory.budget and savings.trim_padding are on both sides; scoring and the making of "
-            f"the cache ({flops['scoring'] / 1e12:.3g} and {flops['cache'] / 1e12:.3g} TFLOP) are on this run's."
+            "a busy machine trust the FLOPs. memory.budget and savings.trim_padding are on both sides; scoring, and what ran for "
+            f"the cache or in its place ({flops['scoring'] / 1e12:.3g} and {flops['cache'] / 1e12:.3g} TFLOP), on this run's."
         )
 
 

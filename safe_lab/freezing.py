@@ -324,6 +324,8 @@ class Freezer:
         """Why nothing has frozen, in a sentence for the person; None if something has, or nothing was to."""
         if self._frozen or self.rule.policy == "none":
             return None
+        if not self._t:
+            return "nothing froze: the run ended before its first scoring (freezing.interval)"
         if self._warmup_end is None:
             return f"nothing froze: the scores never settled to within {self.rule.stable_share:.0%}, so warm-up did not end"
         if self.level is None:

@@ -74,7 +74,7 @@ def is_to_shard(config: Config, processes: Processes) -> bool:
     if config.savings.fold and config.freezing.policy != "none":
         log.warning(
             "savings.fold has no effect with FSDP, as no process has the whole base weight into which a frozen adapter's update "
-            "would go: frozen adapters run beside it"
+            "would go: frozen adapters run beside it (savings.fold: false ends this warning)"
         )
     return True
 

@@ -25,10 +25,10 @@ _REFUSED = {
 }
 # What of FSDP has no counterpart here -> what to write instead.
 _REFUSED_OF_FSDP = {
-    "FSDP_OFFLOAD_PARAMS": "weights are not offloaded; fsdp_offload_params: false, and model.dtype: bfloat16 for half the bytes",
-    "FSDP_ACTIVATION_CHECKPOINTING": "what is recomputed is a setting of the run; fsdp_activation_checkpointing: false, and "
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params is not supported: leave it out; model.dtype: bfloat16 halves the bytes",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing is not supported: leave it out, and set "
     "model.gradient_checkpointing: true",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "there is one way to spread weights, over all processes; leave parallelism_config out",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config is not supported: leave it out, and weights are spread over all",
 }
 # What has no effect here, and is not there unless somebody has set it.
 _WITHOUT_EFFECT = ("FSDP_IGNORED_MODULES", "FSDP_AUTO_WRAP_POLICY", "FSDP_TRANSFORMER_CLS_TO_WRAP")
@@ -66,9 +66,7 @@ def reshards_after_forward(environment: Mapping[str, str] = os.environ) -> bool:
 
 def without_effect(environment: Mapping[str, str] = os.environ) -> list[str]:
     """What the launcher was told about FSDP that is decided otherwise here, by the names of Accelerate's settings."""
-    told = [name for name in _WITHOUT_EFFECT if environment.get(name)]
-    told += ["FSDP_CPU_RAM_EFFICIENT_LOADING"] if _is_on(environment, "FSDP_CPU_RAM_EFFICIENT_LOADING") else []
-    return [name.lower() for name in told]
+    return [name.lower() for name in _WITHOUT_EFFECT if environment.get(name)]
 
 
 @contextmanager
@@ -103,12 +101,12 @@ def check(environment: Mapping[str, str] = os.environ) -> None:
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
         raise ConfigError(
-            f"accelerate launch was told to use FSDP {version}, which puts what trains and what does not into one; use FSDP2: "
+            f"the launcher was told to use FSDP {version}, which puts what trains and what does not into one; use FSDP2: "
             "fsdp_version: 2, as in experiments/accelerate/fsdp2.yaml"
         )
     for variable, instead in _REFUSED_OF_FSDP.items():
         if _is_on(environment, variable):
-            raise ConfigError(f"FSDP: {instead}")
+            raise ConfigError(instead)
 
 
 def _is_on(environment: Mapping[str, str], variable: str) -> bool:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from safe_lab import config as configuration
 from safe_lab import launch
 from safe_lab.build import Parts, build
@@ -159,10 +161,11 @@ def _conclude(
             "checkpoint": seconds["checkpoint"],
         },
         resources={"tokens_per_second": progress.tokens / training_seconds, **resources},
-        unfrozen_forecast=combine(known) if known else None,
+        unfrozen_forecast=combine(known) if known and not parts.trainer.num_unaccounted else None,
         processes={
             "count": parts.processes.count,
             "sharded": is_sharded(parts.model),
+            "unaccounted": parts.trainer.num_unaccounted,
             **asdict(parts.trainer.traffic),
             **spread(summaries),
         },
@@ -201,10 +204,11 @@ def _announce(console: Console, config: Config, parts: Parts) -> None:
         f"{config.model.path}: {total / 1e6:.1f} M weights, {parts.trainer.num_trained / 1e6:.2f} M train; "
         f"{len(parts.freezer.units)} adapters, policy {policy}{by}; {parts.trainer.num_steps} steps"
     )
-    if parts.processes.count > 1:
-        where = (
-            "the base weights spread over them (FSDP2)" if is_sharded(parts.model) else "a copy of the model on each"
-        )
-        console.say(f"{parts.processes.count} processes, {where}")
+    device = parts.meter.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    where = "the base weights spread over them (FSDP2)" if is_sharded(parts.model) else "a copy of the model on each"
+    console.say(
+        f"on {name}, " + (f"{parts.processes.count} processes, {where}" if parts.processes.count > 1 else "one process")
+    )
     if parts.trainer.progress.step:
-        console.say(f"resumed at step {parts.trainer.progress.step}")
+        console.say(f"resumed at step {parts.trainer.progress.step} of {parts.trainer.num_steps}")

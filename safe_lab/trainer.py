@@ -339,6 +339,11 @@ class Trainer:
         """What has gone between the processes."""
         return self._replicas.traffic
 
+    @property
+    def num_unaccounted(self) -> int:
+        """Processes that have trained this run and do not any more: what they cost is in no figure."""
+        return self._state.num_unaccounted
+
     def restore_best(self) -> None:
         """Take the weights of the best evaluation."""
         self._weights.restore_best()

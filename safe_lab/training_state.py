@@ -28,7 +28,11 @@ class Stateful(Protocol):
 
 
 class TrainingState:
-    """Saves and restores all parts of a training together."""
+    """Saves and restores all parts of a training together.
+
+    Attributes:
+        num_unaccounted: Processes that have trained this run and do not any more: what they cost is in no figure.
+    """
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class TrainingState:
         self._parts = parts
         self._own_parts = own_parts
         self._base_fingerprint = base_fingerprint
+        self.num_unaccounted = 0
 
     def save(self, step: int, *, keep: int) -> None:
         """Write a checkpoint, whole or not at all, and drop all but the newest ``keep``; called by all processes."""
@@ -66,6 +71,7 @@ class TrainingState:
         state = {
             **shared,
             "processes": by_process,
+            "num_unaccounted": self.num_unaccounted,
             "rows": self._folder.sizes(),
             "base_fingerprint": self._base_fingerprint,
         }
@@ -92,6 +98,7 @@ class TrainingState:
         self._weights.load(tensors)
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
+        self.num_unaccounted = state["num_unaccounted"] + max(0, len(state["processes"]) - self._processes.count)
         self._load_own(state["processes"])
         return True
 

@@ -70,7 +70,7 @@ def test_processes_agree_in_bfloat16(sections, environment, tree):
     runs.run(alone)
     losses = [[row["train/loss"] for row in rows_of(one)] for one in (config, alone)]
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
-    assert losses[0][:4] == pytest.approx(losses[1][:4], abs=2e-3)
+    assert losses[0][:4] == pytest.approx(losses[1][:4], abs=8e-3)
 
 
 @pytest.mark.parametrize("budget", [None, "2MiB"])
@@ -304,3 +304,6 @@ def test_a_run_goes_on_with_another_number_of_processes(count, tree):
     assert result.metrics == pytest.approx(whole.metrics, abs=1e-5)
     assert [row["step"] for row in rows_of(config)] == list(range(1, 19))
     assert result.tokens == whole.tokens
+    # Where one is gone, and with it what it cost, there is nothing to compare.
+    assert result.processes["unaccounted"] == max(0, 2 - count)
+    assert (result.unfrozen_forecast is None) == (count == 1)

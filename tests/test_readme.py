@@ -95,7 +95,7 @@ def test_the_loop_on_several_processes_freezes_alike_and_ends_with_the_same_weig
     loop["batches"] = [random_batch(4, 16, seed=seed) for seed in range(4)]
 
     def run(processes):
-        names = loop | {"batches": loop["batches"][processes.rank :: processes.count]}
+        names = dict(loop)
         exec(
             block.replace("FreezingRule(final=6)", "FreezingRule(final=6, normalize='rank', final_threshold=0.6)"),
             names,

@@ -56,6 +56,7 @@ class Meter:
     Attributes:
         clock: Seconds by activity.
         energy: Joules.
+        device: On which the model is.
     """
 
     def __init__(self, clock: Clock, energy: EnergyMeter, model: nn.Module, optimizer: Any) -> None:
@@ -98,11 +99,11 @@ class Meter:
         self._spans: list[tuple[Mapping[str, float], int, Any, Any]] = []
         self._held: dict[str, int] = {}
         self._idle_since = clock.mark()
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self._earlier_peaks: dict[str, int | None] = {}
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             # Of this run alone, were there others in the process before.
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         # CPU seconds of earlier parts of the run, and where this process's began.
         self._cpu_seconds, self._cpu_began = 0.0, time.process_time()
 
@@ -337,11 +338,11 @@ class Meter:
 
     def _process_peaks(self) -> dict[str, int | None]:
         """What system and allocator saw, over all parts of the run; None where there is no such device."""
-        cuda = self._device.type == "cuda"
+        cuda = self.device.type == "cuda"
         peaks = {
             "host_memory_peak_bytes": host_memory_peak_bytes(),
-            "device_allocated_peak_bytes": torch.cuda.max_memory_allocated(self._device) if cuda else None,
-            "device_reserved_peak_bytes": torch.cuda.max_memory_reserved(self._device) if cuda else None,
+            "device_allocated_peak_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            "device_reserved_peak_bytes": torch.cuda.max_memory_reserved(self.device) if cuda else None,
         }
         return {
             name: None if peak is None else max(peak, self._earlier_peaks.get(name) or 0)
@@ -418,7 +419,7 @@ class Meter:
         return [tensor for tensors in self._kept for tensor in tensors()]
 
     def _count_kept(self) -> int:
-        return sum(tensor.nbytes for tensor in self._cache() if tensor.device.type == self._device.type)
+        return sum(tensor.nbytes for tensor in self._cache() if tensor.device.type == self.device.type)
 
     def _read(self) -> dict[str, float]:
         seconds = self.clock.read()
