@@ -217,7 +217,10 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
     finished = (path / "result.json").exists()
     state = "a finished" if finished else "an unfinished"
     try:
-        found = differences(configuration.load(path / "config.yaml"), config)
+        before = configuration.load(path / "config.yaml")
+        # Who is told of a run changes nothing about it.
+        ours = config.model_copy(update={"tracking": before.tracking}) if resume and not finished else config
+        found = differences(before, ours)
     except ConfigError as error:
         raise RunFolderError(
             f"{path}: holds {state} run whose config.yaml this version cannot read ({error}); --overwrite removes it"

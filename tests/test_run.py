@@ -493,6 +493,15 @@ def test_resume_in_mid_epoch_gives_the_same_bits(metric, tiny_tree, monkeypatch)
     assert one[1] == other[1]
 
 
+def test_a_run_may_be_tracked_elsewhere_once_it_is_resumed(tiny_tree, monkeypatch):
+    config = config_of(tiny_tree, training={"save_every": 4})
+    _interrupt(config, monkeypatch, after_step=6)
+    elsewhere = config_of(tiny_tree, training={"save_every": 4}, tracking={"wandb": "offline"})
+    run(elsewhere, resume=True)
+    assert configuration.load(config.run_folder / "config.yaml") == elsewhere
+    assert list(config.run_folder.glob("wandb/offline-run-*"))
+
+
 @pytest.mark.parametrize("harm", ["cut", "altered"])
 def test_resume_names_a_damaged_checkpoint_and_uses_the_one_before(harm, tiny_tree, monkeypatch, caplog):
     alone, resumed = (
