@@ -9,7 +9,11 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,sharpness,dev]"
+	# What tests hold the curvature against. Without its dependencies, of which torchvision in a build for CUDA keeps transformers
+	# from loading any model where torch is the CPU's.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps curvlinops-for-pytorch backpack-for-pytorch \
+		einconv einops linear_operator opt_einsum unfoldNd
 	touch $@
 
 demo: install

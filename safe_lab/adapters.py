@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from safe_lab.sharding import whole_weights
 from safe_lab.suggest import did_you_mean
@@ -207,6 +215,15 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def affine_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The adapter layers that compute an affine function of their input, of shape (examples, tokens, features), by name."""
+    return {
+        name: layer
+        for name, layer in tuner_layers(model).items()
+        if isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
+    }
+
+
 def find_units(model: nn.Module, forward: Callable[[], object], granularity: Granularity = "layer") -> list[Unit]:
     """List the adapters of a PEFT model as units, in the order in which they run.
 
@@ -294,6 +311,53 @@ def save_adapter(model: PeftModel, folder: Path, *, initial: Mapping[str, Tensor
         {key: tensor.detach().contiguous() for key, tensor in weights.items()}, folder / "adapter_model.safetensors"
     )
     config.save_pretrained(str(folder))
+
+
+def load_adapter(model: PeftModel, folder: Path, *, initial: Mapping[str, Tensor] | None = None) -> None:
+    """Load what :func:`save_adapter` has written into a model to which the same adapters were attached anew.
+
+    Args:
+        model: As :func:`attach` gives it.
+        folder: Where it was written.
+        initial: :attr:`Attached.initial`.
+
+    Raises:
+        ValueError: There is no adapter, it is damaged, it is of another model or other adapters, or attaching has changed the
+            base weights otherwise than it did then.
+    """
+    path = folder / "adapter_model.safetensors"
+    try:
+        weights = load_file(path)
+    except Exception as error:  # noqa: BLE001 - of a missing or damaged file the library raises what it likes
+        raise ValueError(f"{path}: there is no whole adapter ({error})") from None
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if initial is not None:
+        weights = {key: _trained_part(key, tensor, initial) for key, tensor in weights.items()}
+    if weights.keys() != expected.keys():
+        other = sorted(weights.keys() ^ expected.keys())
+        raise ValueError(f"{path}: the adapter has other weights than the configuration's model, {other[0]} among them")
+    for key, tensor in weights.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{path}: {key} has the shape {tuple(tensor.shape)}, and the configuration's model {tuple(expected[key].shape)}"
+            )
+    set_peft_model_state_dict(model, weights)
+
+
+def _trained_part(key: str, tensor: Tensor, initial: Mapping[str, Tensor]) -> Tensor:
+    """Of the doubled LoRA that :func:`save_adapter` makes, the factor that was trained; the other one is checked."""
+    if ".lora_A." in key or ".lora_embedding_A" in key:
+        trained, start = tensor.chunk(2, dim=0)
+    elif ".lora_B." in key or ".lora_embedding_B" in key:
+        trained, start = tensor.chunk(2, dim=1)
+        start = -start
+    else:
+        return tensor
+    if not torch.allclose(start, initial[key].to(start), rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            f"{key}: attaching has changed the base weights otherwise than it did in training (another machine or version?)"
+        )
+    return trained.contiguous()
 
 
 def _execution_order(layers: Mapping[str, nn.Module], forward: Callable[[], object]) -> list[str]:

@@ -25,6 +25,7 @@ from safe_lab.console import Console
 from safe_lab.data import Collator, Data, EpochBatchSampler, load_data
 from safe_lab.data.loaders import build_eval_loader, build_probe, build_train_loader, iterate_blocks
 from safe_lab.freezing import Freezer, FreezingRule
+from safe_lab.gauging import build_gauge, measure_during_training
 from safe_lab.importance.probe import Batch, undisturbed
 from safe_lab.job import check_alike, is_to_shard
 from safe_lab.memory import Stage
@@ -46,6 +47,7 @@ from safe_lab.resources import Clock, EnergyMeter, Meter
 from safe_lab.run_folder import RunFolder
 from safe_lab.savings import Savings
 from safe_lab.sharding import shard
+from safe_lab.sharpness import Gauge
 from safe_lab.tracking import Tracking, start_trackers
 from safe_lab.trainer import Trainer
 from safe_lab.units import Unit
@@ -68,6 +70,7 @@ class Parts:
     initial: Mapping[str, Tensor] | None
     freezer: Freezer
     savings: Savings
+    gauge: Gauge | None
     meter: Meter
     tracking: Tracking
     trainer: Trainer
@@ -159,6 +162,8 @@ def build(
     )
     replicas = Replicas(model, processes, overlapped=overlapped)
     meter = Meter(clock, energy, model, optimizer)
+    in_units = {id(parameter) for unit in units for parameter in unit.parameters.values()}
+    head = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in in_units]
     sharers = processes if sharded else ALONE
     prefix = build_prefix(config, model, units, probe[0], accelerator, folder, processes, sharers)
     predicted = predict_savings(config, num_labels) if config.freezing.policy == "budget" else None
@@ -186,6 +191,21 @@ def build(
     meter.keep(lambda: freezer.kept)
     meter.keep(lambda: savings.kept)
     meter.keep(lambda: [*(attached.initial or {}).values(), *(tensor for batch in probe for tensor in batch.values())])
+
+    gauge = None
+    if config.sharpness.when != "never" or config.sharpness.every != "never":
+        gauge = build_gauge(
+            config.sharpness,
+            model,
+            units,
+            data,
+            tokenizer,
+            device=accelerator.device,
+            head=head,
+            processes=processes,
+            whole=savings.undone,
+        )
+        gauge.check()
 
     def collate_ahead(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = collate(rows)
@@ -256,13 +276,17 @@ def build(
             trim_padding=config.savings.trim_padding,
             sharers=sharers,
         ),
+        sharpness=None
+        if gauge is None or config.sharpness.every == "never"
+        else partial(measure_during_training, gauge, config.sharpness),
+        sharpness_every=1 if config.sharpness.every == "never" else config.sharpness.every,
         meter=meter,
         folder=folder,
         tracker=tracking,
         console=console,
         base_fingerprint=attached.base_fingerprint,
     )
-    return Parts(processes, tokenizer, data, model, attached.initial, freezer, savings, meter, tracking, trainer)
+    return Parts(processes, tokenizer, data, model, attached.initial, freezer, savings, gauge, meter, tracking, trainer)
 
 
 def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTokenizerBase, Data]:

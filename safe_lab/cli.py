@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="safe-lab",
         description="SAFE: adapter tuning that freezes what no longer matters, and measures what that buys.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:8s}{command.summary}" for name, command in COMMANDS.items())
+        + "\n".join(f"  {name:10s}{command.summary}" for name, command in COMMANDS.items())
         + "\n\nsafe-lab COMMAND --help tells more of each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -274,6 +274,83 @@ def bench(arguments: Sequence[str]) -> int:
     return 0
 
 
+def sharpness(arguments: Sequence[str]) -> int:
+    """``safe-lab sharpness``: curvature and landscape of finished runs, from their folders."""
+    parser = _Parser(
+        prog="safe-lab sharpness",
+        description="Measure how sharp the minimum is that a finished run has found: Hessian trace, top eigenvalues, spectrum, "
+        "rise of the loss in a ball and under noise, slices of its landscape. Writes result.json (under sharpness) and the "
+        "folder sharpness of each run. Settings are those of the run's sharpness section (safe-lab train --help), overridden "
+        "by key=value: samples=512 measures=[trace] landscape=[random_line]",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, or key=value")
+    parser.add_argument(
+        "--between",
+        action="store_true",
+        help="also the losses on the line between two runs, or the plane through three",
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder for pictures of several runs together")
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, to standard output")
+    chosen = parser.parse_intermixed_args(arguments)
+
+    from pathlib import Path
+
+    from safe_lab.section import ConfigError
+
+    # A folder's name may have an equals sign in it.
+    overrides = [word for word in chosen.runs if "=" in word and not Path(word).is_dir()]
+    paths = [Path(word) for word in chosen.runs if word not in overrides]
+    if not paths:
+        parser.error("the folder of a finished run is needed, such as runs/quickstart/default/seed-0")
+    for path in paths:
+        if not path.is_dir():
+            return _refuse(f"{path}: there is no such folder")
+    _quiet_libraries()
+    from safe_lab import launch
+    from safe_lab.console import Console, log_to
+    from safe_lab.memory import is_out_of_memory
+    from safe_lab.processes import end_job, is_connection_lost
+    from safe_lab.run_folder import to_json
+    from safe_lab.saved import measure_runs
+
+    console = Console(quiet=launch.rank() > 0)
+    log_to(console, rank=launch.rank())
+    try:
+        figures = measure_runs(
+            paths,
+            overrides,
+            between=chosen.between,
+            output=None if chosen.output is None else Path(chosen.output),
+            console=console,
+        )
+    except ConfigError as error:
+        return _refuse(error)
+    except FloatingPointError as error:
+        _tell(f"stopped: {error}")
+        return 1
+    except OSError as error:
+        _tell(f"stopped: {error}", of_this_process=True)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if is_connection_lost(error):
+            _tell("stopped: another process of this job has ended", of_this_process=True)
+        elif is_out_of_memory(error):
+            _tell(f"stopped: memory ran out ({error}); lower sharpness.batch_tokens", of_this_process=True)
+        else:
+            raise
+        return 1
+    except KeyboardInterrupt:
+        _tell("interrupted; what was measured of the runs before is in their folders")
+        return INTERRUPTED
+    end_job()
+    if launch.rank() == 0:
+        if chosen.json:
+            print(to_json(next(iter(figures.values())) if len(figures) == 1 else figures))
+        else:
+            console.show_sharpness({name: found for name, found in figures.items() if name != "between"})
+    return 0
+
+
 def print_fields() -> None:
     """Every field of a run's YAML: key, type, default, meaning."""
     from rich.table import Table
@@ -306,6 +383,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "train": Command("tune a model as a YAML file says (train --help lists every field)", train),
         "plan": Command("predict memory, FLOPs and sizes of a run at every frozen depth, without weights", plan),
+        "sharpness": Command("measure how sharp the minimum is that finished runs have found", sharpness),
         "bench": Command("measure transformers.Trainer and safe_lab side by side", bench),
     }
 )

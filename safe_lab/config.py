@@ -21,6 +21,7 @@ from safe_lab.importance import METRICS
 from safe_lab.policy import POLICIES
 from safe_lab.schedule import CURVES
 from safe_lab.section import ConfigError, Section, check, override_all, read_tree
+from safe_lab.sharpness import ESTIMATORS, LANDSCAPES, MEASURES
 from safe_lab.suggest import did_you_mean
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
@@ -310,6 +311,88 @@ class MemorySection(Section):
     )
 
 
+class SharpnessSection(Section):
+    """Curvature of the loss where training has ended, and its shape around there; ``safe-lab sharpness`` measures it later."""
+
+    when: Literal["never", "end"] = Field("never", description="measure at the end of the run")
+    every: Literal["never", "freeze"] | Count = Field(
+        "never", description="measure during training too: after each freeze event, or every N epochs"
+    )
+    measures: tuple[str, ...] = Field(
+        tuple(MEASURES), description="; ".join(f"{name}: {what}" for name, what in MEASURES.items())
+    )
+    validation_measures: tuple[str, ...] = Field(
+        ("effective_weights", "ball", "average", "trace"), description="the same, over the validation sample"
+    )
+    every_measures: tuple[str, ...] = Field(
+        ("trace",), description="the same, over the training sample during training"
+    )
+    landscape: tuple[str, ...] = Field(
+        (), description="slices of the loss; " + "; ".join(f"{name}: {what}" for name, what in LANDSCAPES.items())
+    )
+    samples: Count = Field(256, description="examples of the training split")
+    validation_samples: Annotated[int, Field(strict=True, ge=0)] = Field(
+        256, description="examples of the (first) validation split; 0: none"
+    )
+    batch_tokens: Annotated[int, Field(strict=True, ge=16)] = Field(
+        512,
+        description="tokens in a pass with padding; a product takes some three times a training step's bytes for each",
+    )
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(
+        0, description="seed of samples and random vectors; the same for all runs that are to be compared"
+    )
+    head: bool = Field(False, description="look at the task head's weights too, beside the adapters'")
+    units: tuple[str, ...] | None = Field(None, description="look at these units' weights alone; null: all adapters'")
+    dtype: Literal["float32", "float64"] = Field("float32", description="precision of model and vectors, at least")
+    estimator: str = Field(
+        "xtrace", description="of traces; " + "; ".join(f"{name}: {what}" for name, what in ESTIMATORS.items())
+    )
+    tolerance: Positive = Field(0.05, description="relative standard error of a trace at which it is good enough")
+    eigenvalues: Count = Field(5, description="how many of the largest")
+    eigenvalue_tolerance: Positive = Field(
+        0.05, description="residual of an eigenvalue, as a share of it, at which it is good enough"
+    )
+    spectrum_starts: Annotated[int, Field(strict=True, ge=2)] = Field(
+        4, description="random starts of the spectrum's density"
+    )
+    spectrum_steps: Annotated[int, Field(strict=True, ge=2)] = Field(10, description="Lanczos steps from each")
+    radius: Positive = Field(0.05, description="radius of SAM's ball")
+    adaptive_radius: Positive = Field(
+        0.5, description="radius of adaptive SAM's ball, whose axes are the weights' sizes"
+    )
+    deviation: Positive = Field(0.01, description="standard deviation of the noise on the weights")
+    adaptive_deviation: Positive = Field(0.1, description="standard deviation of the noise as a share of each weight")
+    directions: Annotated[int, Field(strict=True, ge=2)] = Field(8, description="directions of the noise")
+    landscape_points: Annotated[int, Field(strict=True, ge=3)] = Field(
+        15, description="points of a slice, on each axis of a plane"
+    )
+    landscape_span: Positive = Field(
+        1.0, description="how far a slice goes both ways, in norms of the weights' filters"
+    )
+    budget_seconds: Positive | None = Field(
+        None,
+        description="seconds for a sample's measures, which then end with the error they have reached; null: no limit",
+    )
+    budget_products: Count | None = Field(
+        200, description="the same in products with a curvature matrix, some two gradients each; null: no limit"
+    )
+
+    @field_validator("measures", "validation_measures", "every_measures")
+    @classmethod
+    def _known_measures(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_known("measure", name, MEASURES) for name in names)
+
+    @field_validator("landscape")
+    @classmethod
+    def _known_landscapes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_known("landscape", name, LANDSCAPES) for name in names)
+
+    @field_validator("estimator")
+    @classmethod
+    def _known_estimator(cls, estimator: str) -> str:
+        return _known("estimator", estimator, ESTIMATORS)
+
+
 class TrackingSection(Section):
     """Where figures go besides the run folder."""
 
@@ -338,6 +421,7 @@ class Config(Section):
     freezing: FreezingSection = FreezingSection()
     savings: SavingsSection = SavingsSection()
     memory: MemorySection = MemorySection()
+    sharpness: SharpnessSection = SharpnessSection()
     tracking: TrackingSection = TrackingSection()
 
     @field_validator("name", "variant")

@@ -19,7 +19,10 @@ from rich.table import Table
 from safe_lab import tracking
 from safe_lab.byte_size import format_bytes
 from safe_lab.freezing import Freezer, Scoring
-from safe_lab.resources import TRAINING
+from safe_lab.gauging import VALIDATION
+from safe_lab.resources import TRAINING as TRAINING_ACTIVITIES
+from safe_lab.sharpness import summarize
+from safe_lab.sharpness.gauge import TRAINING
 from safe_lab.units import Unit
 
 # Loggers of what may go wrong on one process of several.
@@ -89,6 +92,10 @@ class Console:
         if turned_into:
             self.say(f"             {turned_into}")
 
+    def measured(self, epoch: float, sharpness: Mapping[str, float]) -> None:
+        """The sharpness was measured."""
+        self.say(f"epoch {epoch:5.2f}  sharpness: " + describe_sharpness(sharpness))
+
     def stop(self) -> None:
         """Take the bar away."""
         self._progress.stop()
@@ -151,7 +158,29 @@ class Console:
         self._show_resources(result["resources"], result["tokens"], result["processes"])
         if result["unfrozen_forecast"]:
             self._show_savings(result["resources"], result["unfrozen_forecast"])
+        if result["sharpness"] is not None:
+            self.show_sharpness({"": result["sharpness"]})
         self.say(f"files: {folder}  (adapter for PEFT: {folder / 'adapter'})")
+
+    def show_sharpness(self, runs: Mapping[str, Mapping[str, Any]]) -> None:
+        """A table of the single numbers of one run or several, over the training sample and the validation sample."""
+        columns = {
+            (run, sample): summarize(figures if sample == TRAINING else figures[sample])
+            for run, figures in runs.items()
+            for sample in (TRAINING, VALIDATION)
+            if sample == TRAINING or sample in figures
+        }
+        table = Table("", title="sharpness", title_justify="left")
+        for run, sample in columns:
+            table.add_column(escape(f"{run} {sample}".strip()), justify="right")
+        for name in dict.fromkeys(name for values in columns.values() for name in values):
+            if not name.endswith("_standard_error"):
+                table.add_row(name.replace("_", " "), *(_with_error(values, name) for values in columns.values()))
+        self.rich.print(table)
+        for run, figures in runs.items():
+            left_out = [*figures["left_out"], *figures.get(VALIDATION, {}).get("left_out", ())]
+            if left_out:
+                self.say(f"{run} the budget ended before: {', '.join(left_out)}".strip())
 
     def _show_resources(self, resources: Mapping[str, Any], num_tokens: int, processes: Mapping[str, Any]) -> None:
         memory = Table("live memory", "at the peak", "mean over the run", title="resources", title_justify="left")
@@ -198,7 +227,7 @@ class Console:
         spent = {
             "TFLOP": (resources["flops"] / 1e12, forecast["flops"] / 1e12, "{:.4g}"),
             "seconds": (
-                sum(seconds[activity] for activity in (*TRAINING, "evaluation", "scoring", "freezing")),
+                sum(seconds[activity] for activity in (*TRAINING_ACTIVITIES, "evaluation", "scoring", "freezing")),
                 forecast["seconds"],
                 "{:.1f}",
             ),
@@ -221,6 +250,12 @@ class Console:
             "a busy machine trust the FLOPs. memory.budget and savings.trim_padding are on both sides; scoring, and what ran for "
             f"the cache or in its place ({flops['scoring'] / 1e12:.3g} and {flops['cache'] / 1e12:.3g} TFLOP), on this run's."
         )
+
+
+def describe_sharpness(figures: Mapping[str, float]) -> str:
+    """Its single numbers in one line, those with an error with that."""
+    names = (name for name in figures if not name.endswith("_standard_error"))
+    return ", ".join(f"{name.replace('_', ' ')} {_with_error(figures, name)}" for name in names)
 
 
 def _describe(effect: Mapping[str, int | None]) -> str:
@@ -255,6 +290,11 @@ def log_to(console: Console, *, rank: int = 0) -> None:
         shown = RichConsole(stderr=True, width=console.rich.width) if console.rich.quiet else console.rich
         handler = RichHandler(console=shown, show_time=False, show_path=False, markup=False)
     logger.handlers = [handler]
+
+
+def _with_error(figures: Mapping[str, float], name: str) -> str:
+    error = figures.get(f"{name}_standard_error")
+    return _number(figures.get(name)) + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.2g}")
 
 
 def _tera(flops: int | None) -> str:

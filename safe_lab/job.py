@@ -65,6 +65,11 @@ def is_to_shard(config: Config, processes: Processes) -> bool:
     if processes.count == 1:
         log.warning("FSDP has no effect on a single process: there is no other to keep a part of the weights")
         return False
+    if config.sharpness.when != "never" or config.sharpness.every != "never":
+        raise ValueError(
+            "sharpness needs the whole model on each device, and FSDP keeps a part of it there: leave sharpness.when and "
+            "sharpness.every out, and measure the finished run with safe-lab sharpness"
+        )
     if config.memory.budget is not None:
         raise ValueError(
             "memory.budget plans with the whole model on each device, and FSDP keeps a part of it there: leave one of them out"

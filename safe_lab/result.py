@@ -33,6 +33,7 @@ class Result:
     frozen_depth: int
     adapters: list[dict[str, Any]]
     timeline: list[dict[str, Any]]
+    sharpness: dict[str, Any] | None = None
 
 
 def summarize_freezing(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from safe_lab.config import warnings as config_warnings
 from safe_lab.console import Console
 from safe_lab.environment import describe_environment
 from safe_lab.export import export
+from safe_lab.gauging import summarize_all, take, write
 from safe_lab.job import build_accelerator
 from safe_lab.policy import POLICIES
 from safe_lab.processes import Processes
@@ -123,7 +124,14 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
             format_bytes(result.resources["memory_peak_bytes"]),
             result.resources["memory_peak_in"],
         )
-    console.summarize(summary, folder.path)
+    if parts.gauge is not None and config.sharpness.when == "end":
+        # Only now: whatever comes of it, the run has ended well.
+        findings = take(parts.gauge, config.sharpness)
+        result = replace(result, sharpness=findings.figures)
+        if parts.processes.is_main:
+            pictures = write(findings, folder, f"{config.name}/{config.variant}/seed-{config.seed}")
+            parts.tracking.summarize_sharpness(summarize_all(findings.figures), pictures)
+    console.summarize(asdict(result), folder.path)
     return result
 
 

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROW_FILES = ("metrics.jsonl", "importance.jsonl", "events.jsonl")
-# Only where there are several processes.
+# Only where there are several processes, and where sharpness is measured during training.
 PROCESS_ROWS = "processes.jsonl"
+SHARPNESS_ROWS = "sharpness.jsonl"
+_PERHAPS = (PROCESS_ROWS, SHARPNESS_ROWS)
 
 
 class RunFolderError(ConfigError):
@@ -87,7 +89,7 @@ class RunFolder:
         """Bytes of each JSONL file, to which a resumed run cuts them back; they survive a power cut from here on."""
         if not self._writes:
             return {}
-        files = [*ROW_FILES, *([PROCESS_ROWS] if (self.path / PROCESS_ROWS).exists() else [])]
+        files = [*ROW_FILES, *(file for file in _PERHAPS if (self.path / file).exists())]
         for file in files:
             with (self.path / file).open("a") as stream:
                 os.fsync(stream.fileno())
@@ -115,8 +117,9 @@ class RunFolder:
                 raise RunFolderError(f"{path}: a row was altered, it is no JSON any more") from None
         for file, size in sizes.items():
             os.truncate(self.path / file, size)
-        if PROCESS_ROWS not in sizes:
-            (self.path / PROCESS_ROWS).unlink(missing_ok=True)
+        for file in _PERHAPS:
+            if file not in sizes:
+                (self.path / file).unlink(missing_ok=True)
 
     def remove_caches(self) -> None:
         """Remove what further machines' activation caches have left here, where they share this disk.

@@ -140,6 +140,18 @@ class Savings:
         with self._prefix.skipping(batch, hidden=hidden):
             yield
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Inside, every adapter runs beside its base weight; on leaving, what was folded is folded again, to the same bits."""
+        state = folding_state(self._freezer.model)
+        unfold(self._freezer.model)
+        self._kept_by_folds = []
+        try:
+            yield
+        finally:
+            restore_folding(self._freezer.model, state)
+            self._kept_by_folds = kept_tensors(self._freezer.model)
+
     def close(self, *, keep_cache: bool = False) -> None:
         """Everything back: base weights have their original bits, all layers run, the cache is gone."""
         unfold(self._freezer.model)

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, WandBTracker
 
 from safe_lab.freezing import Scoring
-from safe_lab.run_folder import RunFolder
+from safe_lab.run_folder import SHARPNESS_ROWS, RunFolder
 from safe_lab.units import Unit
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ ADAPTER_NORMALIZED = "adapter/{depth}/normalized_score"
 ADAPTER_FROZEN = "adapter/{depth}/frozen"
 ADAPTER_THRESHOLD = "adapter/{depth}/threshold"
 ADAPTER_UPDATE_NORM = "adapter/{depth}/update_norm"
+
+# Each single number of the sharpness measured during training, and of result.json's "sharpness" in a tracker's summary.
+SHARPNESS = "sharpness/{name}"
 
 EVENT_COLUMNS = ("step", "epoch", "scoring", "units", "scores", "threshold", "frozen_share", "frozen_depth")
 
@@ -101,6 +104,12 @@ class Tracking:
             }
             self._folder.append("events.jsonl", event)
 
+    def log_sharpness(self, step: int, epoch: float, figures: Mapping[str, float]) -> None:
+        """A row of sharpness.jsonl."""
+        row = {STEP: step, EPOCH: epoch, **{SHARPNESS.format(name=name): value for name, value in figures.items()}}
+        self._folder.append(SHARPNESS_ROWS, row)
+        self._send(row)
+
     def replay(self) -> None:
         """Send the folder's rows to the trackers: a resumed run's charts begin where the run began."""
         if not self._trackers:
@@ -110,6 +119,7 @@ class Tracking:
             (row["step"], 1, {STEP: row["step"], EPOCH: row["epoch"]} | self._adapter_values(row))
             for row in self._folder.rows("importance.jsonl")
         ]
+        rows += [(row[STEP], 2, row) for row in self._folder.rows(SHARPNESS_ROWS)]
         for _, _, row in sorted(rows, key=lambda entry: entry[:2]):
             self._send(row)
 
@@ -118,6 +128,12 @@ class Tracking:
         for tracker in list(self._trackers):
             if tracker.name == "wandb":
                 self._guard(tracker, partial(self._finish_wandb, tracker.tracker, summary))
+
+    def summarize_sharpness(self, figures: Mapping[str, float], pictures: Sequence[Path]) -> None:
+        """Send the sharpness at the end, and its pictures."""
+        for tracker in list(self._trackers):
+            if tracker.name == "wandb":
+                self._guard(tracker, partial(self._add_sharpness, tracker.tracker, figures, pictures))
 
     def close(self) -> None:
         """Close the trackers, also after a failure: what was sent is kept, and the next run starts its own."""
@@ -157,6 +173,14 @@ class Tracking:
                 schedule.add_file(str(self._folder.path / file))
         run.log_artifact(schedule)
         run.summary.update(summary)
+
+    @staticmethod
+    def _add_sharpness(run: Any, figures: Mapping[str, float], pictures: Sequence[Path]) -> None:
+        import wandb
+
+        run.summary.update({SHARPNESS.format(name=name): value for name, value in figures.items()})
+        if pictures:
+            run.log({SHARPNESS.format(name=path.stem): wandb.Image(str(path)) for path in pictures})
 
     def _guard(self, tracker: GeneralTracker, send: Callable[[], object]) -> None:
         try:

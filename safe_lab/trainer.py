@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -105,6 +105,8 @@ class Trainer:
         num_steps: int,
         savings: Savings,
         micro_batches: MicroBatches,
+        sharpness: Callable[[], Mapping[str, float]] | None,
+        sharpness_every: Literal["freeze"] | int,
         meter: Meter,
         folder: RunFolder,
         tracker: Tracking,
@@ -132,6 +134,8 @@ class Trainer:
             num_steps: Optimizer steps in all.
             savings: What freezing is turned into.
             micro_batches: Cuts batches into what goes through the model at once.
+            sharpness: Measures the sharpness where the weights stand, and leaves no trace; None: it is not measured.
+            sharpness_every: When: after each freeze event, or every N epochs.
             meter: What the run costs.
             folder: The run folder.
             tracker: Where figures go.
@@ -157,6 +161,8 @@ class Trainer:
         self.num_steps = num_steps
         self._savings = savings
         self._micro_batches = micro_batches
+        self._sharpness = sharpness
+        self._sharpness_every = sharpness_every
         self._is_past_return = False
         self._meter = meter
         self._clock = meter.clock
@@ -215,8 +221,9 @@ class Trainer:
                 if self._due(self._settings.eval_every):
                     self.evaluate()
                 # After the last step a unit would freeze for nothing.
-                if self._due(self._interval) and not self._ended:
-                    self._score()
+                froze = self._due(self._interval) and not self._ended and self._score()
+                if froze if self._sharpness_every == "freeze" else self._ends_epoch(self._sharpness_every):
+                    self._measure_sharpness()
                 if self._due(self._settings.save_every) or self._ended:
                     self.save()
                 if self._ended:
@@ -415,7 +422,21 @@ class Trainer:
                 self._tracker.log_processes(self.progress.step, by_process)
             self._console.logged(row)
 
-    def _score(self) -> None:
+    def _ends_epoch(self, every: int) -> bool:
+        return self.progress.micro_step == 0 and self.progress.epoch % every == 0
+
+    def _measure_sharpness(self) -> None:
+        if self._sharpness is None:
+            return
+        self._losses.read()
+        with self._meter.aside("sharpness"):
+            figures = self._sharpness()
+        with self._clock.on("tracking"):
+            self._tracker.log_sharpness(self.progress.step, self._epoch, figures)
+            self._console.measured(self._epoch, figures)
+
+    def _score(self) -> bool:
+        """Score, freeze, and turn that into what it saves; whether anything froze."""
         self._losses.read()
         with self._meter.activity("scoring"):
             scoring = self._freezer.step(self.progress.step)
@@ -432,6 +453,7 @@ class Trainer:
             effect = self._effect()
             self._tracker.log_scoring(scoring, self._epoch, effect)
             self._console.scored(scoring, self._freezer.units, self._epoch, effect)
+        return bool(scoring.froze)
 
     def _effect(self) -> dict[str, int | None]:
         """What freezing has been turned into: figures for a row."""

@@ -23,15 +23,16 @@ LAYERS = [
         "launch",
         "weights",
     },
-    {"schedule", "policy", "importance", "data"},
+    {"schedule", "policy", "importance", "data", "sharpness"},
     {"config"},
     {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation", "memory"},
-    {"optimizer", "resources", "plan", "prefix", "export", "folding"},
+    {"optimizer", "resources", "plan", "prefix", "export", "folding", "gauging"},
     {"savings", "tracking", "losses", "micro_batches", "training_state"},
     {"console"},
     {"trainer"},
     {"job"},
     {"build"},
+    {"saved"},
     {"run"},
     {"bench"},
     {"cli"},
@@ -39,8 +40,8 @@ LAYERS = [
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # The paper's part works without configuration, trainer or tracker.
-PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest", "processes", "sharding"}
-ONLY_IN = {"accelerate": {"trainer", "job", "build", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
+PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest", "processes", "sharding", "sharpness"}
+ONLY_IN = {"accelerate": {"trainer", "job", "build", "saved", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
 
 
 def imports():

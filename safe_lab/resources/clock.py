@@ -25,6 +25,7 @@ ACTIVITIES = (
     "cache",
     "checkpoint",
     "evaluation",
+    "sharpness",
     "tracking",
     "other",
 )

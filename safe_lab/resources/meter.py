@@ -173,6 +173,18 @@ class Meter:
         self._account(trace, name, began)
 
     @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Book a block's seconds on ``name`` and keep its bytes and FLOPs out of all figures: it is no part of the training."""
+        before = self._process_peaks()
+        self._end_idle()
+        with self.clock.on(name):
+            yield
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._earlier_peaks = before
+        self._idle_since = self.clock.mark()
+
+    @contextmanager
     def _inside(self) -> Iterator[None]:
         self._in_activity = True
         try:

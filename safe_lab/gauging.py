@@ -1,0 +1,275 @@
+"""Sharpness of a run: from the ``sharpness`` section to what measures, and from what it finds to the run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from safe_lab.adapters import affine_layers
+from safe_lab.config import SharpnessSection
+from safe_lab.data import Collator, Data
+from safe_lab.data.loaders import hash_rows
+from safe_lab.model import loss_function
+from safe_lab.processes import ALONE, Processes
+from safe_lab.run_folder import RunFolder, to_json
+from safe_lab.sharpness import LANDSCAPES, Budget, Gauge, Plan, Sample, landscape, summarize
+from safe_lab.sharpness.gauge import TRAINING
+from safe_lab.sharpness.lanczos import Eigenpairs
+from safe_lab.sharpness.landscape import Slice1D, Slice2D
+from safe_lab.sharpness.sample import batch_by_tokens, draw_rows
+from safe_lab.units import Unit
+
+log = logging.getLogger(__name__)
+
+VALIDATION = "validation"
+
+
+def build_gauge(
+    section: SharpnessSection,
+    model: nn.Module,
+    units: Sequence[Unit],
+    data: Data,
+    tokenizer: Any,
+    *,
+    device: torch.device,
+    head: Sequence[nn.Parameter],
+    processes: Processes = ALONE,
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Gauge:
+    """What measures a model as the section says.
+
+    Args:
+        section: The ``sharpness`` section.
+        model: The model with adapters.
+        units: Its adapters.
+        data: From which the samples are drawn.
+        tokenizer: The model's.
+        device: On which the model is.
+        head: The weights of the task head.
+        processes: Who computes it together.
+        whole: See :class:`~safe_lab.sharpness.Gauge`.
+
+    Raises:
+        ValueError: There is no such unit.
+    """
+    collate = Collator(tokenizer)
+
+    def draw(dataset: Any, num_samples: int) -> Sample:
+        rows = draw_rows(dataset, num_samples, section.seed)
+        batches = [
+            {name: tensor.to(device) for name, tensor in batch.items()}
+            for batch in batch_by_tokens(rows, collate, section.batch_tokens)
+        ]
+        return Sample(batches, len(rows), hash_rows(rows))
+
+    samples = {TRAINING: draw(data.train, section.samples)}
+    if section.validation_samples:
+        samples[VALIDATION] = draw(next(iter(data.validation.values())), section.validation_samples)
+    return Gauge(
+        model,
+        units,
+        samples,
+        loss_function,
+        kind=data.task.kind,
+        layers=affine_layers(model),
+        head=head if section.head else (),
+        only=section.units,
+        dtype=getattr(torch, section.dtype),
+        whole=whole,
+        processes=processes,
+    )
+
+
+def plans_at_end(section: SharpnessSection) -> dict[str, Plan]:
+    """What is measured of a trained model, by name of the sample."""
+    plans = {TRAINING: _plan(section, section.measures)}
+    if section.validation_samples:
+        plans[VALIDATION] = _plan(section, section.validation_measures)
+    return plans
+
+
+def measure_during_training(gauge: Gauge, section: SharpnessSection) -> dict[str, float]:
+    """Measure a model in training; flat numbers."""
+    return summarize(gauge.take({TRAINING: _plan(section, section.every_measures)}).figures)
+
+
+def summarize_all(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The single numbers of all samples, under flat names; those of the validation sample begin with its name."""
+    return summarize(figures) | summarize(figures.get(VALIDATION, {}), f"{VALIDATION}_")
+
+
+def _plan(section: SharpnessSection, measures: Sequence[str]) -> Plan:
+    return Plan(
+        measures=measures,
+        estimator=section.estimator,
+        tolerance=section.tolerance,
+        num_eigenvalues=section.eigenvalues,
+        eigenvalue_tolerance=section.eigenvalue_tolerance,
+        num_starts=section.spectrum_starts,
+        num_steps=section.spectrum_steps,
+        radius=section.radius,
+        adaptive_radius=section.adaptive_radius,
+        deviation=section.deviation,
+        adaptive_deviation=section.adaptive_deviation,
+        num_directions=section.directions,
+        budget_seconds=section.budget_seconds,
+        budget_products=section.budget_products,
+        seed=section.seed,
+    )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of one trained model.
+
+    Attributes:
+        figures: Plain values: ``sharpness`` of result.json.
+        slices: Of its landscape, by kind.
+        eigenpairs: By sample.
+    """
+
+    figures: dict[str, Any]
+    slices: dict[str, list[Slice1D] | Slice2D]
+    eigenpairs: dict[str, Eigenpairs]
+
+
+def take(gauge: Gauge, section: SharpnessSection) -> Findings:
+    """Measure a trained model as the section says: figures, then slices.
+
+    Raises:
+        ValueError: The model cannot be differentiated twice.
+        FloatingPointError: A loss or a product is not finite.
+    """
+    reading = gauge.take(plans_at_end(section))
+    slices = _take_slices(gauge, section, reading.eigenpairs.get(TRAINING)) if section.landscape else {}
+    return Findings(reading.figures, slices, reading.eigenpairs)
+
+
+def write(findings: Findings, folder: RunFolder, name: str) -> list[Path]:
+    """Write figures into result.json, data and pictures into the folder ``sharpness`` beside it, each file whole or not at all.
+
+    Args:
+        findings: Of this run.
+        folder: The run's, held by this process, with a result.json.
+        name: Of the run, for titles.
+
+    Returns:
+        The pictures, PNG; none where the libraries that draw them are not installed.
+    """
+    result = folder.result
+    assert result is not None
+    place = folder.path / "sharpness"
+    place.mkdir(exist_ok=True)
+    data = RunFolder(place)
+    if findings.eigenpairs:
+        vectors = {sample: pairs.vectors.contiguous().cpu() for sample, pairs in findings.eigenpairs.items()}
+        unfinished = place / ".unfinished-eigenvectors.safetensors"
+        save_file(vectors, unfinished)
+        unfinished.replace(place / "eigenvectors.safetensors")
+    if findings.slices:
+        data.write("landscape.json", to_json({kind: _plain(slices) for kind, slices in findings.slices.items()}))
+    folder.write(
+        "result.json",
+        json.dumps(json.loads(to_json(result | {"sharpness": findings.figures})), indent=1, ensure_ascii=False),
+    )
+    try:
+        return draw({name: findings}, place, title=name)
+    except ValueError as error:
+        log.warning("no pictures were drawn: %s", error)
+        return []
+
+
+def draw(runs: Mapping[str, Findings], place: Path, *, title: str) -> list[Path]:
+    """Draw spectra and slices of one run, or of several with equal scales.
+
+    Args:
+        runs: What was found, by the run's name.
+        place: The folder to draw into.
+        title: Of the pictures.
+
+    Returns:
+        The pictures, PNG.
+
+    Raises:
+        ValueError: A library that draws is not installed.
+    """
+    from safe_lab.sharpness import plots
+
+    drawn: list[Path] = []
+    spectra = {name: _spectrum(found.figures) for name, found in runs.items() if "spectrum" in found.figures}
+    if spectra:
+        drawn += plots.draw_spectra(spectra, place / "spectrum", title=f"{title}: spectrum of the Hessian")
+    for kind, what in LANDSCAPES.items():
+        slices = {name: found.slices[kind] for name, found in runs.items() if kind in found.slices}
+        if not slices:
+            continue
+        heading = f"{title}: loss {what}"
+        lines = {name: found for name, found in slices.items() if isinstance(found, list)}
+        planes = {name: found for name, found in slices.items() if isinstance(found, Slice2D)}
+        if lines:
+            drawn += plots.draw_slices_1d(lines, place / kind, title=heading)
+        if planes:
+            drawn += plots.draw_slices_2d(planes, place / kind, title=heading)
+    return [path for path in drawn if path.suffix == ".png"]
+
+
+def _spectrum(figures: Mapping[str, Any]) -> Any:
+    from safe_lab.sharpness.lanczos import density
+    from safe_lab.sharpness.plots import Spectrum
+
+    found = figures["spectrum"]
+    grid, values = density(list(zip(found["nodes"], found["weights"], strict=True)))
+    return Spectrum(grid, values, figures.get("top_eigenvalues", ()))
+
+
+def _take_slices(
+    gauge: Gauge, section: SharpnessSection, eigenpairs: Eigenpairs | None
+) -> dict[str, list[Slice1D] | Slice2D]:
+    half = section.landscape_points // 2
+    positions = [section.landscape_span * i / half for i in range(-half, half + 1)]
+    found: dict[str, list[Slice1D] | Slice2D] = {}
+    with gauge.surfaces() as surfaces:
+        space = surfaces[TRAINING].space
+        budget = Budget(surfaces[TRAINING].cost, seconds=section.budget_seconds, processes=gauge.processes)
+        origin_D = space.position()
+        generator = torch.Generator().manual_seed(section.seed)
+        directions = {"random": [landscape.random_direction(space, generator) for _ in range(2)]}
+        if eigenpairs is not None and len(eigenpairs.values) > 1:
+            directions["eigen"] = [landscape.eigenvector_direction(eigenpairs.vectors[:, i], space) for i in range(2)]
+        for kind in section.landscape:
+            along, _, shape = kind.partition("_")
+            if along not in directions:
+                log.warning("sharpness.landscape: %s was left out, as there are no two eigenvectors", kind)
+                continue
+            if shape == "line":
+                found[kind] = [
+                    landscape.measure_slice_1d(
+                        surfaces, origin_D, direction, name=f"{along} {i + 1}", positions=positions, budget=budget
+                    )
+                    for i, direction in enumerate(directions[along][: 1 if along == "random" else 2])
+                ]
+            else:
+                # Points by the hundred: over one sample.
+                found[kind] = landscape.measure_slice_2d(
+                    {TRAINING: surfaces[TRAINING]},
+                    origin_D,
+                    (directions[along][0], directions[along][1]),
+                    name=along,
+                    x=positions,
+                    y=positions,
+                    budget=budget,
+                )
+    return found
+
+
+def _plain(slices: list[Slice1D] | Slice2D) -> Any:
+    return [asdict(one) for one in slices] if isinstance(slices, list) else asdict(slices)

@@ -1,0 +1,140 @@
+r"""Curvature by the weights that adapters act on, whatever they are made of: the trace that no rescaling of factors can move.
+
+LoRA's update :math:`s B A` stays as it is under :math:`B \to B M, A \to M^{-1} A`, while the Hessian by A and B does not. An
+adapted layer computes :math:`y = W x` with an effective weight W (base and update); by that the curvature is one of the function
+alone, the same for every way to write W.
+
+Legend: n examples in a batch, T tokens, I inputs and O outputs of a layer, C outputs of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safe_lab.importance.probe import Batch, count_examples, share_of
+from safe_lab.processes import ALONE, Processes
+from safe_lab.sharpness.surface import logits
+
+# Columns S of which S S^T is the Hessian of one example's loss by the outputs: (n, C) -> (columns, n, C).
+Roots = Callable[[Tensor], Tensor]
+
+
+def cross_entropy_roots(outputs_nC: Tensor) -> Tensor:
+    r"""Columns :math:`\sqrt{p_c}\,(e_c - p)`, one for each class: :math:`S S^\top = \mathrm{diag}(p) - p p^\top`."""
+    probabilities_nC = outputs_nC.softmax(-1)
+    identity_CC = torch.eye(outputs_nC.shape[-1]).to(outputs_nC)
+    centred_CnC = identity_CC[:, None, :] - probabilities_nC
+    return probabilities_nC.T[:, :, None].sqrt() * centred_CnC
+
+
+def squared_error_roots(outputs_nC: Tensor) -> Tensor:
+    r"""Columns :math:`\sqrt{2}\, e_c`."""
+    identity_CC = torch.eye(outputs_nC.shape[-1]).to(outputs_nC)
+    return math.sqrt(2) * identity_CC[:, None, :].expand(-1, len(outputs_nC), -1)
+
+
+# By kind of task.
+ROOTS: Mapping[str, Roots] = MappingProxyType(
+    {"classification": cross_entropy_roots, "regression": squared_error_roots}
+)
+
+
+def effective_weight_traces(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    layers: Mapping[str, nn.Module],
+    roots: Roots,
+    *,
+    outputs: Callable[[nn.Module, Batch], Tensor] = logits,
+    processes: Processes = ALONE,
+) -> dict[str, float]:
+    r"""Trace of the Gauss-Newton matrix by the effective weight of each layer; exact.
+
+    .. math:: \mathrm{tr}\, G_W = \frac{1}{N} \sum_x \sum_c \Bigl\| \sum_t \delta_{xct}\, a_{xt}^\top \Bigr\|_F^2
+        = \frac{1}{N} \sum_x \sum_c \sum_{t, t'} (\delta_{xct} \cdot \delta_{xct'}) (a_{xt} \cdot a_{xt'})
+
+    with :math:`a_{xt}` the layer's input for token t of example x, and :math:`\delta_{xct}` the gradient, by the layer's output,
+    of the model's outputs times column c of the root of the loss's own Hessian. The right-hand side never builds a gradient of
+    W's size; it takes C backward passes.
+
+    Invariant to every change of the adapter's own weights that leaves W as it is: to LoRA's rescaling, to rotations of its
+    factors, to folding. Not invariant to rescaling W against other layers' weights, of which adapters can do none.
+
+    Source: Gauss-Newton as in Martens (JMLR 2020); norms of single examples' gradients by the tokens' inner products:
+    Goodfellow (2015), Li et al. (ICLR 2022), section 4.
+
+    Args:
+        model: The model, inside :func:`~safe_lab.sharpness.surface.twice_differentiable`.
+        batches: Mappings of tensors whose first dimension is the example; the same on all processes.
+        layers: Layers by name that compute an affine function of their input (n, T, I) or (n, I).
+        roots: One of :data:`ROOTS`.
+        outputs: What of the model the loss is a function of (n, C).
+        processes: Who computes it together.
+
+    Returns:
+        The trace by name of the layer; 0 for one that does not run.
+
+    Raises:
+        ValueError: A layer's input does not have the examples for its first dimension.
+    """
+    num_examples = sum(map(count_examples, batches))
+    totals = torch.zeros(len(layers), dtype=torch.float64)
+    for batch in batches:
+        share = share_of(batch, processes)
+        if not count_examples(share):
+            continue
+        with _recorded(layers) as passes, torch.enable_grad():
+            outputs_nC = outputs(model, share)
+        for index, inputs, _ in passes:
+            if len(inputs) != len(outputs_nC):
+                raise ValueError(
+                    f"layer {list(layers)[index]} does not keep examples apart: it was given {len(inputs)} rows for "
+                    f"{len(outputs_nC)} examples"
+                )
+        if not passes:
+            continue
+        for column_nC in roots(outputs_nC.detach()):
+            deltas = torch.autograd.grad(
+                outputs_nC, [output for _, _, output in passes], column_nC, retain_graph=True, allow_unused=True
+            )
+            for (index, inputs, _), delta in zip(passes, deltas, strict=True):
+                if delta is not None:
+                    totals[index] += _squared_norms(inputs, delta) / num_examples
+    totals = processes.sum(totals)
+    return dict(zip(layers, totals.tolist(), strict=True))
+
+
+def _squared_norms(inputs: Tensor, delta: Tensor) -> float:
+    """Sum over examples of the squared norm of the gradient of a layer's weight."""
+    a_nTI = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None]
+    delta_nTO = delta.flatten(1, -2) if delta.ndim > 2 else delta[:, None]
+    return float(((a_nTI @ a_nTI.mT) * (delta_nTO @ delta_nTO.mT)).sum(dtype=torch.float64))
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, nn.Module]) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
+    """Inside, each pass of a layer leaves its number, input and output."""
+    passes: list[tuple[int, Tensor, Tensor]] = []
+
+    def record(index: int) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            # Below the first adapter that trains nothing would have a gradient.
+            output = output if output.requires_grad else output.requires_grad_(True)
+            passes.append((index, inputs[0].detach(), output))
+            return output
+
+        return hook
+
+    hooks = [layer.register_forward_hook(record(index)) for index, layer in enumerate(layers.values())]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,277 @@
+"""Everything that is measured of one loss at one place: which figures there are, and in which order they are taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_lab.sharpness.ball import average_sharpness, ball_sharpness
+from safe_lab.sharpness.budget import Budget
+from safe_lab.sharpness.lanczos import Eigenpairs, Krylov, lanczos, top_eigenpairs
+from safe_lab.sharpness.names import MEASURES
+from safe_lab.sharpness.surface import Products, Surface
+from safe_lab.sharpness.trace import Estimate, estimate_trace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how finely; the defaults are those of the ``sharpness`` section.
+
+    Attributes:
+        measures: Names of :data:`~safe_lab.sharpness.names.MEASURES`.
+        estimator: Of traces: a name of :data:`~safe_lab.sharpness.names.ESTIMATORS`.
+        tolerance: Relative standard error of a trace at which it is good enough.
+        num_eigenvalues: Of the largest.
+        eigenvalue_tolerance: Residual of an eigenvalue, as a share of it, at which it is good enough.
+        num_starts: Random starts of the spectrum.
+        num_steps: Lanczos steps from each.
+        radius: Of SAM's ball.
+        adaptive_radius: Of adaptive SAM's.
+        deviation: Of the noise on the weights.
+        adaptive_deviation: Of the noise as a share of each weight.
+        num_directions: Of the noise.
+        budget_seconds: Most seconds; None: no limit.
+        budget_products: Most products with a curvature matrix; None: no limit.
+        seed: Of all that is drawn.
+    """
+
+    measures: Sequence[str]
+    estimator: str = "xtrace"
+    tolerance: float = 0.05
+    num_eigenvalues: int = 5
+    eigenvalue_tolerance: float = 0.05
+    num_starts: int = 4
+    num_steps: int = 10
+    radius: float = 0.05
+    adaptive_radius: float = 0.5
+    deviation: float = 0.01
+    adaptive_deviation: float = 0.1
+    num_directions: int = 8
+    budget_seconds: float | None = None
+    budget_products: int | None = 200
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What :func:`measure` came to.
+
+    Attributes:
+        figures: Plain values by name; docs/run_folder.md explains them.
+        eigenpairs: The largest eigenvalues with their vectors, if they were measured.
+    """
+
+    figures: dict[str, Any]
+    eigenpairs: Eigenpairs | None
+
+
+def measure(
+    surface: Surface, plan: Plan, *, budget: Budget, others: Mapping[str, Callable[[], dict[str, Any]]] | None = None
+) -> Measured:
+    """Take the figures of a plan where the weights stand.
+
+    Args:
+        surface: The loss, inside :func:`~safe_lab.sharpness.surface.twice_differentiable`.
+        plan: Which figures.
+        budget: Once it is spent, what has begun ends with the error it has reached, and the rest is left out by name.
+        others: How to take those that are not of the loss's surface alone (norms, effective weights), by name.
+
+    Raises:
+        FloatingPointError: The loss or a product is not finite.
+    """
+    taker = _Taker(surface, plan, budget)
+    takers: dict[str, Callable[[], dict[str, Any]]] = {
+        "ball": taker.ball,
+        "average": taker.average,
+        "trace": taker.trace,
+        "spectrum": taker.spectrum,
+        "eigenvalues": taker.eigenvalues,
+        "gauss_newton": taker.gauss_newton,
+        **(others or {}),
+    }
+    figures: dict[str, Any] = {"loss": surface.loss(), "gradient_norm": float(surface.gradient().double().norm())}
+    seconds: dict[str, float] = {}
+    left_out = []
+    for name in MEASURES:
+        if name not in plan.measures:
+            continue
+        if budget.is_spent():
+            left_out.append(name)
+            continue
+        began = time.perf_counter()
+        figures |= takers[name]()
+        seconds[name] = time.perf_counter() - began
+    figures["left_out"] = left_out
+    figures["cost"] = {"seconds": budget.seconds, "seconds_by_measure": seconds, **asdict(surface.cost)}
+    return Measured(figures, taker.eigenpairs)
+
+
+class _Taker:
+    """The measures of one surface; the eigenvalues begin where the spectrum has come to."""
+
+    def __init__(self, surface: Surface, plan: Plan, budget: Budget) -> None:
+        self._surface = surface
+        self._space = surface.space
+        self._plan = plan
+        self._budget = budget
+        self._position_D = surface.space.position()
+        self._krylov: Krylov | None = None
+        self.eigenpairs: Eigenpairs | None = None
+
+    def trace(self) -> dict[str, Any]:
+        return self._trace("trace", self._surface.hessian_products)
+
+    def gauss_newton(self) -> dict[str, Any]:
+        return self._trace("gauss_newton_trace", self._surface.gauss_newton_products)
+
+    def spectrum(self) -> dict[str, Any]:
+        self._krylov = krylov = lanczos(
+            self._surface.hessian_products,
+            self._position_D,
+            num_starts=self._plan.num_starts,
+            num_steps=self._plan.num_steps,
+            generator=self._generator(),
+            budget=self._budget,
+        )
+        nodes = krylov.nodes()
+        smallest, largest = krylov.extremes()
+        return {
+            "spectrum": {
+                "nodes": [values for values, _ in nodes],
+                "weights": [weights for _, weights in nodes],
+                "moments": {str(power): asdict(krylov.moment(power)) for power in (1, 2)},
+                "smallest": smallest,
+                "largest": largest,
+            }
+        }
+
+    def eigenvalues(self) -> dict[str, Any]:
+        plan, number = self._plan, min(self._plan.num_eigenvalues, self._space.num_dimensions)
+        pairs = None if self._krylov is None else self._krylov.top(number)
+        if pairs is None or len(pairs.values) < number or not _are_good(pairs, plan.eigenvalue_tolerance):
+            generator = self._generator()
+            start_D = (
+                torch.randn(len(self._position_D), generator=generator, dtype=torch.float64)
+                if pairs is None
+                else pairs.vectors.sum(1)
+            )
+            better = top_eigenpairs(
+                self._surface.hessian_products,
+                self._position_D,
+                number,
+                tolerance=plan.eigenvalue_tolerance,
+                start_D=start_D,
+                budget=self._budget,
+            )
+            pairs = better or pairs
+        self.eigenpairs = pairs
+        return {
+            "top_eigenvalues": [] if pairs is None else pairs.values,
+            "eigenvalue_residuals": [] if pairs is None else pairs.residuals,
+        }
+
+    def ball(self) -> dict[str, Any]:
+        plan = self._plan
+        return {
+            "ball": {
+                "radius": plan.radius,
+                "rise": ball_sharpness(self._surface, plan.radius),
+                "adaptive_radius": plan.adaptive_radius,
+                "adaptive_rise": ball_sharpness(self._surface, plan.adaptive_radius, adaptive=True),
+            }
+        }
+
+    def average(self) -> dict[str, Any]:
+        plan = self._plan
+        found = {
+            name: average_sharpness(
+                self._surface,
+                deviation,
+                generator=self._generator(),
+                adaptive=adaptive,
+                num_directions=plan.num_directions,
+            )
+            for name, deviation, adaptive in (
+                ("rise", plan.deviation, False),
+                ("adaptive_rise", plan.adaptive_deviation, True),
+            )
+        }
+        return {
+            "average": {
+                "deviation": plan.deviation,
+                "adaptive_deviation": plan.adaptive_deviation,
+                **{name: asdict(estimate) for name, estimate in found.items()},
+            }
+        }
+
+    def _trace(self, name: str, products: Products) -> dict[str, Any]:
+        squares_D1 = self._position_D.double().square()[:, None]
+
+        def read(diagonals_Dm: Tensor) -> Tensor:
+            total = diagonals_Dm.sum(0, keepdim=True, dtype=torch.float64)
+            adaptive = squares_D1.T @ diagonals_Dm.double()
+            return torch.cat([total, adaptive, self._space.sum_by_group(diagonals_Dm)])
+
+        found = estimate_trace(
+            products,
+            self._position_D,
+            read,
+            estimator=self._plan.estimator,
+            tolerance=self._plan.tolerance,
+            generator=self._generator(),
+            budget=self._budget,
+        )
+        total, adaptive, *by_group = found.readings
+        return {
+            name: {**asdict(total), "products": found.num_products, "converged": found.converged},
+            f"adaptive_{name}": asdict(adaptive),
+            f"{name}_by_unit": {group: asdict(e) for group, e in zip(self._space.groups, by_group, strict=True)},
+        }
+
+    def _generator(self) -> torch.Generator:
+        # Anew for each, so that none depends on which others are taken.
+        return torch.Generator().manual_seed(self._plan.seed)
+
+
+def _are_good(pairs: Eigenpairs, tolerance: float) -> bool:
+    return all(
+        residual <= tolerance * abs(value) for value, residual in zip(pairs.values, pairs.residuals, strict=True)
+    )
+
+
+def summarize(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The figures that are single numbers, under flat names: what a row or a tracker's chart takes.
+
+    >>> summarize({"loss": 0.5, "trace": {"value": 3.0, "standard_error": 0.1}, "top_eigenvalues": [2.0, 1.0]})
+    {'loss': 0.5, 'trace': 3.0, 'trace_standard_error': 0.1, 'top_eigenvalue': 2.0}
+    """
+    flat: dict[str, float] = {}
+
+    def add(name: str, found: Any) -> None:
+        if isinstance(found, Estimate):
+            found = asdict(found)
+        if isinstance(found, Mapping):
+            if "value" in found:
+                flat[name] = found["value"]
+                flat[f"{name}_standard_error"] = found["standard_error"]
+        elif isinstance(found, int | float):
+            flat[name] = found
+
+    for key in ("loss", "gradient_norm", "effective_weight_trace"):
+        add(prefix + key, figures.get(key))
+    for kind in ("trace", "gauss_newton_trace"):
+        add(prefix + kind, figures.get(kind))
+        add(f"{prefix}adaptive_{kind}", figures.get(f"adaptive_{kind}"))
+    if figures.get("top_eigenvalues"):
+        add(f"{prefix}top_eigenvalue", figures["top_eigenvalues"][0])
+    if "spectrum" in figures:
+        add(f"{prefix}smallest_eigenvalue", figures["spectrum"]["smallest"])
+    for group in ("ball", "average"):
+        for name in ("rise", "adaptive_rise"):
+            add(f"{prefix}{group}_{name}", figures.get(group, {}).get(name))
+    return flat

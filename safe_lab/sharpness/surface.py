@@ -1,0 +1,407 @@
+"""A mean loss over fixed examples as a function of weights: its value, gradient, and products with its curvature.
+
+Legend: D numbers in the vector of weights, K vectors, n examples in a batch, C outputs of the model for an example.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from safe_lab.importance.probe import Batch, LossFunction, count_examples, share_of, undisturbed
+from safe_lab.processes import ALONE, Processes
+from safe_lab.sharding import is_sharded
+from safe_lab.sharpness.space import Space
+
+Products = Callable[[Tensor], Tensor]
+
+# Attention without a second derivative, and kernels whose backward pass has none (torch 2.13).
+_WITHOUT_SECOND_DERIVATIVE = ("flash_attention", "flex_attention")
+
+
+@dataclass
+class Cost:
+    """Passes over all examples that were made.
+
+    Attributes:
+        products: With a curvature matrix; each some two gradients' work, or one where several are made at once.
+        gradients: Forward and backward.
+        losses: Forward alone.
+    """
+
+    products: int = 0
+    gradients: int = 0
+    losses: int = 0
+
+
+def cross_entropy_curvature(outputs_nC: Tensor, directions_nC: Tensor) -> Tensor:
+    r"""Product with the Hessian of one example's cross entropy by its logits, :math:`\mathrm{diag}(p) - p p^\top`; (n, C)."""
+    probabilities = outputs_nC.softmax(-1)
+    return probabilities * (directions_nC - (probabilities * directions_nC).sum(-1, keepdim=True))
+
+
+def squared_error_curvature(outputs_nC: Tensor, directions_nC: Tensor) -> Tensor:
+    """Product with the Hessian of one example's squared error by its output, which is 2; (n, C)."""
+    return 2 * directions_nC
+
+
+OutputCurvature = Callable[[Tensor, Tensor], Tensor]
+# By kind of task.
+OUTPUT_CURVATURES: Mapping[str, OutputCurvature] = MappingProxyType(
+    {"classification": cross_entropy_curvature, "regression": squared_error_curvature}
+)
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """What a ``transformers`` model puts out for each example (n, C)."""
+    outputs: Tensor = model(**batch).logits
+    return outputs
+
+
+class Surface:
+    r"""The mean loss of a model over fixed examples, as a function of the weights of a space.
+
+    .. math:: L(\theta) = \frac{1}{N} \sum_b n_b L_b(\theta)
+
+    with :math:`n_b` the examples of batch b and :math:`L_b` the loss as trained. Of several processes each computes its share
+    of the examples, and all get the same sums.
+
+    Use it inside :func:`twice_differentiable`.
+
+    Attributes:
+        space: The weights.
+        num_examples: N.
+        cost: What was computed so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        loss_function: LossFunction,
+        space: Space,
+        *,
+        outputs: Callable[[nn.Module, Batch], Tensor] = logits,
+        output_curvature: OutputCurvature | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Look at the loss of ``model`` over ``batches``.
+
+        Args:
+            model: The model.
+            batches: Mappings of tensors whose first dimension is the example; the same on all processes.
+            loss_function: ``loss_function(model, batch)`` gives the mean loss over the batch's examples.
+            space: The weights by which it is differentiated.
+            outputs: What of the model the loss is a function of, (n, C): for the Gauss-Newton matrix.
+            output_curvature: The loss's own curvature by those: one of :data:`OUTPUT_CURVATURES`.
+            processes: Who computes it together.
+
+        Raises:
+            ValueError: There are no examples.
+        """
+        self.space = space
+        self.cost = Cost()
+        self.num_examples = sum(map(count_examples, batches))
+        if not self.num_examples:
+            raise ValueError("there are no examples over which to take the loss")
+        self._model = model
+        self._batches = [share for batch in batches if count_examples(share := share_of(batch, processes))]
+        self._loss_function = loss_function
+        self._outputs = outputs
+        self._output_curvature = output_curvature
+        self._processes = processes
+
+    def loss(self) -> float:
+        """L where the weights stand.
+
+        Raises:
+            FloatingPointError: It is not finite.
+        """
+        self.cost.losses += 1
+        total = 0.0
+        with torch.no_grad():
+            for batch in self._batches:
+                total += self._loss_function(self._model, batch).item() * self._share(batch)
+        return self._finite(float(self._sum(torch.tensor(total, dtype=torch.float64))))
+
+    def loss_at(self, position_D: Tensor) -> float:
+        """L at other weights; infinite or NaN where it is so far out."""
+        with self.space.moved_to(position_D):
+            with suppress(FloatingPointError):
+                return self.loss()
+            return math.nan
+
+    def gradient(self) -> Tensor:
+        """Gradient of L where the weights stand (D)."""
+        self.cost.gradients += 1
+        total_D = self._zeros(1).squeeze(1)
+        with self._differentiable() as parameters:
+            for batch in self._batches:
+                gradients = torch.autograd.grad(
+                    self._loss(batch), parameters, allow_unused=True, materialize_grads=True
+                )
+                total_D.add_(self.space.join(gradients), alpha=self._share(batch))
+        return self._sum(total_D)
+
+    def hessian_products(self, vectors_DK: Tensor) -> Tensor:
+        r"""Products of the Hessian :math:`\nabla^2 L` with vectors, exact: by differentiating the gradient once more.
+
+        The first derivative's graph is made once a batch for all of the vectors (Pearlmutter, 1994).
+
+        Args:
+            vectors_DK: The vectors, as columns.
+
+        Returns:
+            The products (D, K).
+
+        Raises:
+            ValueError: An operation of the model has no second derivative.
+            FloatingPointError: A product is not finite.
+        """
+
+        def of_batch(batch: Batch, parameters: list[nn.Parameter]) -> Products:
+            gradients = torch.autograd.grad(
+                self._loss(batch), parameters, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            # What the loss is linear in has a gradient without a graph, and no curvature.
+            curved = [i for i in range(len(gradients)) if gradients[i].requires_grad]
+
+            def product(vector_D: Tensor) -> Tensor:
+                if not curved:
+                    return torch.zeros_like(vector_D)
+                parts = self.space.split(vector_D)
+                return self.space.join(
+                    torch.autograd.grad(
+                        [gradients[i] for i in curved],
+                        parameters,
+                        [parts[i] for i in curved],
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                )
+
+            return product
+
+        return self._products(of_batch, vectors_DK)
+
+    def gauss_newton_products(self, vectors_DK: Tensor) -> Tensor:
+        r"""Products of the Gauss-Newton matrix with vectors, exact.
+
+        .. math:: G = \frac{1}{N} \sum_x J_x^\top H_x J_x
+
+        with :math:`J_x` the Jacobian of the model's output for example x and :math:`H_x` the Hessian of its loss by that. For
+        cross entropy it is the Fisher information. It has no negative eigenvalue; what it leaves of the Hessian is the
+        model's own curvature, weighted by the loss's gradient. Source: Schraudolph (Neural Computation 2002); Martens (JMLR
+        2020).
+
+        Args:
+            vectors_DK: The vectors, as columns.
+
+        Returns:
+            The products (D, K).
+
+        Raises:
+            ValueError: ``output_curvature`` was not given, or an operation has no second derivative.
+            FloatingPointError: A product is not finite.
+        """
+        curvature = self._output_curvature
+        if curvature is None:
+            raise ValueError("the Gauss-Newton matrix needs output_curvature=, the loss's own curvature by the outputs")
+
+        def of_batch(batch: Batch, parameters: list[nn.Parameter]) -> Products:
+            outputs_nC = self._outputs(self._model, batch)
+            # Linear in u, so that differentiating by u once more gives J v.
+            u_nC = torch.zeros_like(outputs_nC, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs_nC, parameters, u_nC, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            reached = [i for i in range(len(pulled)) if pulled[i].requires_grad]
+
+            def product(vector_D: Tensor) -> Tensor:
+                if not reached:
+                    return torch.zeros_like(vector_D)
+                parts = self.space.split(vector_D)
+                (pushed_nC,) = torch.autograd.grad(
+                    [pulled[i] for i in reached], u_nC, [parts[i] for i in reached], retain_graph=True
+                )
+                with torch.no_grad():
+                    curved_nC = curvature(outputs_nC, pushed_nC) / len(outputs_nC)
+                return self.space.join(
+                    torch.autograd.grad(
+                        outputs_nC, parameters, curved_nC, retain_graph=True, allow_unused=True, materialize_grads=True
+                    )
+                )
+
+            return product
+
+        return self._products(of_batch, vectors_DK)
+
+    def _products(self, of_batch: Callable[[Batch, list[nn.Parameter]], Products], vectors_DK: Tensor) -> Tensor:
+        vectors_DK = vectors_DK.to(self.space.device, self.space.dtype)
+        self.cost.products += vectors_DK.shape[1]
+        total_DK = self._zeros(vectors_DK.shape[1])
+        with self._differentiable() as parameters, _named_second_derivative():
+            for batch in self._batches:
+                product = of_batch(batch, parameters)
+                for k in range(vectors_DK.shape[1]):
+                    total_DK[:, k].add_(product(vectors_DK[:, k]), alpha=self._share(batch))
+        total_DK = self._sum(total_DK)
+        if not total_DK.isfinite().all():
+            raise FloatingPointError("a product with the curvature of the loss is not finite")
+        return total_DK
+
+    def _loss(self, batch: Batch) -> Tensor:
+        loss = self._loss_function(self._model, batch)
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss does not depend on these weights: its function gives no graph, or the adapters do not run (they may be "
+                "folded, switched off or merged)"
+            )
+        return loss
+
+    @contextmanager
+    def _differentiable(self) -> Iterator[list[nn.Parameter]]:
+        """Let gradients reach the space's weights and no others."""
+        parameters = self.space.parameters
+        wanted = {id(parameter) for parameter in parameters}
+        before = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(id(parameter) in wanted)
+            with torch.enable_grad():
+                yield parameters
+        finally:
+            for parameter, requires_grad in before:
+                parameter.requires_grad_(requires_grad)
+
+    def _zeros(self, num_vectors: int) -> Tensor:
+        return torch.zeros(self.space.num_dimensions, num_vectors, dtype=self.space.dtype, device=self.space.device)
+
+    def _share(self, batch: Batch) -> float:
+        return count_examples(batch) / self.num_examples
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self._processes.sum(tensor)
+
+    @staticmethod
+    def _finite(loss: float) -> float:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        return loss
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Inside, the model runs without dropout, in ``dtype`` at least, and its loss can be differentiated twice.
+
+    On leaving, everything is as it was, to the bit: weights and buffers, train mode, ``requires_grad``, ``grad``, the attention
+    implementation, autocast, and the random streams.
+
+    Attention runs by matrix products, since the fused kernels' backward pass cannot be differentiated. Weights of less precision
+    than ``dtype`` have a wider copy for the time.
+
+    Args:
+        model: The model.
+        dtype: float32 or float64.
+
+    Raises:
+        ValueError: The base weights are quantised, or spread over processes.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            "sharpness cannot be measured while FSDP spreads the weights over processes, which keeps no second derivative: "
+            "measure the finished run with safe-lab sharpness"
+        )
+    quantised = next((name for name, parameter in model.named_parameters() if _is_quantised(parameter)), None)
+    if quantised is not None:
+        raise ValueError(
+            f"sharpness needs second derivatives, and the base weights are quantised ({quantised}): they have none; load the "
+            "base in float32 or bfloat16"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(_other_attention(model))
+        stack.enter_context(_widened(model, dtype))
+        stack.enter_context(_without_autocast(model))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+@contextmanager
+def _widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    narrow = [
+        (tensor, tensor.data)
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point() and torch.promote_types(tensor.dtype, dtype) != tensor.dtype
+    ]
+    try:
+        for tensor, data in narrow:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in narrow:
+            tensor.data = data
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    # Accelerate puts autocast into a forward of the instance's own, and keeps the other one (1.15).
+    original = vars(model).get("_original_forward")
+    wrapped = vars(model).get("forward")
+    if original is not None and wrapped is not None:
+        model.forward = original
+    try:
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        if original is not None and wrapped is not None:
+            model.forward = wrapped
+
+
+@contextmanager
+def _other_attention(model: nn.Module) -> Iterator[None]:
+    configs: list[tuple[Any, str]] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        name = getattr(config, "_attn_implementation", None)
+        if isinstance(name, str) and any(part in name for part in _WITHOUT_SECOND_DERIVATIVE):
+            configs.append((config, name))
+    try:
+        for config, _ in configs:
+            # Read by each layer at every pass (transformers 5).
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in reversed(configs):
+            config._attn_implementation = name
+
+
+@contextmanager
+def _named_second_derivative() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative for" in str(error) or "differentiate twice" in str(error):
+            raise ValueError(
+                f"an operation of the model has no second derivative ({str(error).splitlines()[0]}); if it is attention, "
+                "model.attention: eager has one"
+            ) from error
+        raise
+
+
+def _is_quantised(parameter: nn.Parameter) -> bool:
+    # bitsandbytes' own classes, torchao's tensor subclasses, and whatever keeps integers.
+    return (
+        not parameter.is_floating_point()
+        or type(parameter).__name__ in ("Params4bit", "Int8Params")
+        or type(parameter.data) is not Tensor
+    )
