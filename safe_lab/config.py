@@ -364,10 +364,13 @@ class SharpnessSection(Section):
     adaptive_deviation: Positive = Field(0.1, description="standard deviation of the noise as a share of each weight")
     directions: Annotated[int, Field(strict=True, ge=2)] = Field(8, description="directions of the noise")
     landscape_points: Annotated[int, Field(strict=True, ge=3)] = Field(
-        15, description="points of a slice, on each axis of a plane"
+        15, description="points of a slice, on each axis of a plane; an odd number, so that the solution is one of them"
     )
     landscape_span: Positive = Field(
-        1.0, description="how far a slice goes both ways, in norms of the weights' filters"
+        1.0, description="how far slices along random directions go both ways, in norms of the weights' filters"
+    )
+    eigen_span: Positive = Field(
+        0.1, description="how far slices along eigenvectors go both ways, in norms of the weights"
     )
     budget_seconds: Positive | None = Field(
         None,

@@ -25,6 +25,7 @@ from safe_lab.sharpness import LANDSCAPES, Budget, Gauge, Plan, Sample, landscap
 from safe_lab.sharpness.gauge import TRAINING
 from safe_lab.sharpness.lanczos import Eigenpairs
 from safe_lab.sharpness.landscape import Slice1D, Slice2D
+from safe_lab.sharpness.plots import check_installed
 from safe_lab.sharpness.sample import batch_by_tokens, draw_rows
 from safe_lab.units import Unit
 
@@ -59,8 +60,11 @@ def build_gauge(
         whole: See :class:`~safe_lab.sharpness.Gauge`.
 
     Raises:
-        ValueError: There is no such unit.
+        ValueError: There is no such unit, or what draws landscapes is not installed.
     """
+    if section.landscape:
+        # Before hours of training, and not after them.
+        check_installed()
     collate = Collator(tokenizer)
 
     def draw(dataset: Any, num_samples: int) -> Sample:
@@ -235,7 +239,7 @@ def _take_slices(
     gauge: Gauge, section: SharpnessSection, eigenpairs: Eigenpairs | None
 ) -> dict[str, list[Slice1D] | Slice2D]:
     half = section.landscape_points // 2
-    positions = [section.landscape_span * i / half for i in range(-half, half + 1)]
+    spans = {"random": section.landscape_span, "eigen": section.eigen_span}
     found: dict[str, list[Slice1D] | Slice2D] = {}
     with gauge.surfaces() as surfaces:
         space = surfaces[TRAINING].space
@@ -250,6 +254,7 @@ def _take_slices(
             if along not in directions:
                 log.warning("sharpness.landscape: %s was left out, as there are no two eigenvectors", kind)
                 continue
+            positions = [spans[along] * i / half for i in range(-half, half + 1)]
             if shape == "line":
                 found[kind] = [
                     landscape.measure_slice_1d(

@@ -76,6 +76,10 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for file, what in (("config.yaml", "it is no run folder"), ("result.json", "the run has not finished")):
         if not (path / file).is_file():
             raise ConfigError(f"{path}: there is no {file}: {what}")
+    try:
+        _ = RunFolder(path).result
+    except ValueError as error:
+        raise ConfigError(f"{path}: result.json is damaged ({error})") from None
     tree = configuration.load(path / "config.yaml").model_dump(mode="json")
     dotted = [text if text.startswith("sharpness.") else f"sharpness.{text}" for text in overrides]
     faults = override_all(tree, dotted)
@@ -160,15 +164,16 @@ def measure_runs(
     together = output or Path(*_common(paths)) / "sharpness"
     found: dict[str, Findings] = {}
     positions: dict[str, Tensor] = {}
-    last: SavedRun | None = None
+    # Kept, with its model, for what lies between the runs.
+    first: SavedRun | None = None
     with ExitStack() as held:
         if processes.is_main:
             for path in paths:
                 held.enter_context(hold(path, "a live run is writing to this folder; wait for it"))
         for path in paths:
             run = load_run(path, overrides, accelerator.device, processes)
-            if last is not None and between:
-                _check_alike(last, run)
+            if first is not None and between:
+                _check_alike(first, run)
             console.say(f"{run.name}: measuring")
             try:
                 findings = take(run.gauge, run.config.sharpness)
@@ -180,11 +185,12 @@ def measure_runs(
             name = run.name if run.name not in found else str(path)
             found[name] = findings
             positions[name] = run.space.position().cpu()
-            last = run
+            first = first or run
         figures = {name: findings.figures for name, findings in found.items()}
-        assert last is not None
-        if between:
-            figures["between"] = _measure_between(last, positions, together, processes, console)
+        if between and first is not None:
+            if len({findings.figures["fingerprint"] for findings in found.values()}) > 1:
+                log.warning("the runs have trained on other rows: losses between them are over those of %s", first.name)
+            figures["between"] = _measure_between(first, positions, together, processes, console)
     if len(found) > 1 and processes.is_main:
         try:
             console.say(f"together: {together}" + _list(draw(found, together, title="runs")))

@@ -44,7 +44,7 @@ CLOCK = tuple(
 
 def config_of(tree, **sections):
     """The tree with some keys of its sections changed."""
-    changed = {key: tree[key] | value if isinstance(value, dict) else value for key, value in sections.items()}
+    changed = {key: tree.get(key, {}) | value if isinstance(value, dict) else value for key, value in sections.items()}
     return configuration.build(tree | changed)
 
 

@@ -79,6 +79,7 @@ class Surface:
     Attributes:
         space: The weights.
         num_examples: N.
+        batches: This process's share of the examples.
         cost: What was computed so far.
     """
 
@@ -113,7 +114,7 @@ class Surface:
         if not self.num_examples:
             raise ValueError("there are no examples over which to take the loss")
         self._model = model
-        self._batches = [share for batch in batches if count_examples(share := share_of(batch, processes))]
+        self.batches = [share for batch in batches if count_examples(share := share_of(batch, processes))]
         self._loss_function = loss_function
         self._outputs = outputs
         self._output_curvature = output_curvature
@@ -128,7 +129,7 @@ class Surface:
         self.cost.losses += 1
         total = 0.0
         with torch.no_grad():
-            for batch in self._batches:
+            for batch in self.batches:
                 total += self._loss_function(self._model, batch).item() * self._share(batch)
         return self._finite(float(self._sum(torch.tensor(total, dtype=torch.float64))))
 
@@ -144,7 +145,7 @@ class Surface:
         self.cost.gradients += 1
         total_D = self._zeros(1).squeeze(1)
         with self._differentiable() as parameters:
-            for batch in self._batches:
+            for batch in self.batches:
                 gradients = torch.autograd.grad(
                     self._loss(batch), parameters, allow_unused=True, materialize_grads=True
                 )
@@ -250,7 +251,7 @@ class Surface:
         self.cost.products += vectors_DK.shape[1]
         total_DK = self._zeros(vectors_DK.shape[1])
         with self._differentiable() as parameters, _named_second_derivative():
-            for batch in self._batches:
+            for batch in self.batches:
                 product = of_batch(batch, parameters)
                 for k in range(vectors_DK.shape[1]):
                     total_DK[:, k].add_(product(vectors_DK[:, k]), alpha=self._share(batch))
