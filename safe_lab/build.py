@@ -206,6 +206,8 @@ def build(
             whole=savings.undone,
         )
         gauge.check()
+        if gauge.widens:
+            replicas.wrap()
 
     def collate_ahead(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = collate(rows)
@@ -278,7 +280,7 @@ def build(
         ),
         sharpness=None
         if gauge is None or config.sharpness.every == "never"
-        else partial(measure_during_training, gauge, config.sharpness),
+        else partial(measure_during_training, gauge, config.sharpness, replicas.wrap),
         sharpness_every=1 if config.sharpness.every == "never" else config.sharpness.every,
         meter=meter,
         folder=folder,

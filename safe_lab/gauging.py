@@ -101,9 +101,21 @@ def plans_at_end(section: SharpnessSection) -> dict[str, Plan]:
     return plans
 
 
-def measure_during_training(gauge: Gauge, section: SharpnessSection) -> dict[str, float]:
-    """Measure a model in training; flat numbers."""
-    return summarize(gauge.take({TRAINING: _plan(section, section.every_measures)}).figures)
+def measure_during_training(gauge: Gauge, section: SharpnessSection, wrap_anew: Callable[[], None]) -> dict[str, float]:
+    """Measure a model in training.
+
+    Args:
+        gauge: Of the model.
+        section: The ``sharpness`` section.
+        wrap_anew: What makes several processes' gradients come together anew.
+
+    Returns:
+        Flat numbers.
+    """
+    figures = gauge.take({TRAINING: _plan(section, section.every_measures)}).figures
+    if gauge.widens:
+        wrap_anew()
+    return summarize(figures)
 
 
 def summarize_all(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -186,19 +198,18 @@ def write(findings: Findings, folder: RunFolder, name: str) -> list[Path]:
         json.dumps(json.loads(to_json(result | {"sharpness": findings.figures})), indent=1, ensure_ascii=False),
     )
     try:
-        return draw({name: findings}, place, title=name)
+        return draw({name: findings}, place)
     except ValueError as error:
         log.warning("no pictures were drawn: %s", error)
         return []
 
 
-def draw(runs: Mapping[str, Findings], place: Path, *, title: str) -> list[Path]:
+def draw(runs: Mapping[str, Findings], place: Path) -> list[Path]:
     """Draw spectra and slices of one run, or of several with equal scales.
 
     Args:
         runs: What was found, by the run's name.
         place: The folder to draw into.
-        title: Of the pictures.
 
     Returns:
         The pictures, PNG.
@@ -211,12 +222,12 @@ def draw(runs: Mapping[str, Findings], place: Path, *, title: str) -> list[Path]
     drawn: list[Path] = []
     spectra = {name: _spectrum(found.figures) for name, found in runs.items() if "spectrum" in found.figures}
     if spectra:
-        drawn += plots.draw_spectra(spectra, place / "spectrum", title=f"{title}: spectrum of the Hessian")
+        drawn += plots.draw_spectra(spectra, place / "spectrum", title="spectrum of the Hessian")
     for kind, what in LANDSCAPES.items():
         slices = {name: found.slices[kind] for name, found in runs.items() if kind in found.slices}
         if not slices:
             continue
-        heading = f"{title}: loss {what}"
+        heading = f"loss {what}"
         lines = {name: found for name, found in slices.items() if isinstance(found, list)}
         planes = {name: found for name, found in slices.items() if isinstance(found, Slice2D)}
         if lines:

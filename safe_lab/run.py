@@ -127,7 +127,7 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
     if parts.gauge is not None and config.sharpness.when == "end":
         # Only now: whatever comes of it, the run has ended well.
         findings = take(parts.gauge, config.sharpness)
-        result = replace(result, sharpness=findings.figures)
+        result = replace(result, sharpness=parts.processes.broadcast(findings.figures))
         if parts.processes.is_main:
             pictures = write(findings, folder, f"{config.name}/{config.variant}/seed-{config.seed}")
             parts.tracking.summarize_sharpness(summarize_all(findings.figures), pictures)

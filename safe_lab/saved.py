@@ -193,7 +193,7 @@ def measure_runs(
             figures["between"] = _measure_between(first, positions, together, processes, console)
     if len(found) > 1 and processes.is_main:
         try:
-            console.say(f"together: {together}" + _list(draw(found, together, title="runs")))
+            console.say(f"together: {together}" + _list(draw(found, together)))
         except ValueError as error:
             log.warning("no pictures were drawn: %s", error)
     return figures

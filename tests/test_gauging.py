@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from parallel import run_up_to
+from parallel import assert_like_one, run_up_to
 from safetensors.torch import load_file
 from test_run import bits, config_of
 from test_tracking import records
@@ -162,3 +162,13 @@ def test_the_same_rows_are_drawn_for_the_same_seed_the_longest_first(tiny_tree):
 def test_flat_names_of_the_validation_sample_begin_with_it():
     figures = {"loss": 1.0, "validation": {"loss": 2.0}}
     assert gauging.summarize_all(figures) == {"loss": 1.0, "validation_loss": 2.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_processes_measure_together_and_train_on_as_one(tree, dtype):
+    together, alone = assert_like_one(tree, count=2, sharpness=SMALL | {"every": 1, "when": "end", "dtype": dtype})
+    assert together.sharpness["processes"] == 2
+    # After training that has rounded otherwise.
+    assert together.sharpness["loss"] == pytest.approx(alone.sharpness["loss"], rel=1e-4)
+    assert together.sharpness["fingerprint"] == alone.sharpness["fingerprint"]

@@ -19,7 +19,7 @@ from safe_lab.sharpness.lanczos import Eigenpairs
 from safe_lab.sharpness.measure import Plan, measure
 from safe_lab.sharpness.norms import unit_norms
 from safe_lab.sharpness.space import Space
-from safe_lab.sharpness.surface import OUTPUT_CURVATURES, Surface, twice_differentiable
+from safe_lab.sharpness.surface import OUTPUT_CURVATURES, Surface, is_widened, twice_differentiable
 from safe_lab.units import Unit
 
 # The sample whose figures stand at the top of the result; others stand below it under their names.
@@ -115,6 +115,11 @@ class Gauge:
         self.processes = processes
         # Whether there are weights at all, before a training and not after it.
         self._space()
+
+    @property
+    def widens(self) -> bool:
+        """Whether the weights change their dtype for the time, after which DDP must be wrapped anew."""
+        return is_widened(self._model, self._dtype)
 
     @contextmanager
     def surfaces(self, space: Space | None = None) -> Iterator[dict[str, Surface]]:

@@ -24,8 +24,8 @@ ESTIMATORS: Mapping[str, str] = MappingProxyType(
 LANDSCAPES: Mapping[str, str] = MappingProxyType(
     {
         "random_line": "along a random direction, normalised filter by filter",
-        "random_plane": "in the plane of two of these",
+        "random_plane": "in the plane of two random directions, normalised filter by filter",
         "eigen_line": "along each of the two first eigenvectors",
-        "eigen_plane": "in their plane",
+        "eigen_plane": "in the plane of the two first eigenvectors",
     }
 )

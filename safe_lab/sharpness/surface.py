@@ -308,7 +308,8 @@ def twice_differentiable(model: nn.Module, dtype: torch.dtype = torch.float32) -
     implementation, autocast, and the random streams.
 
     Attention runs by matrix products, since the fused kernels' backward pass cannot be differentiated. Weights of less precision
-    than ``dtype`` have a wider copy for the time.
+    than ``dtype`` have a wider copy for the time (:func:`is_widened`). One thing does not come back where they do: torch (2.13)
+    gives them new gradient accumulators, on whose old ones DDP has its hooks, so that it must be wrapped anew.
 
     Args:
         model: The model.
@@ -337,13 +338,22 @@ def twice_differentiable(model: nn.Module, dtype: torch.dtype = torch.float32) -
         yield
 
 
-@contextmanager
-def _widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    narrow = [
+def is_widened(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether :func:`twice_differentiable` widens any weight."""
+    return bool(_narrow(model, dtype))
+
+
+def _narrow(model: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return [
         (tensor, tensor.data)
         for tensor in (*model.parameters(), *model.buffers())
         if tensor.is_floating_point() and torch.promote_types(tensor.dtype, dtype) != tensor.dtype
     ]
+
+
+@contextmanager
+def _widened(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    narrow = _narrow(model, dtype)
     try:
         for tensor, data in narrow:
             tensor.data = data.to(dtype)
