@@ -23,7 +23,7 @@ from safe_lab.data import Collator
 from safe_lab.gauging import Findings, build_gauge, draw, take, write
 from safe_lab.job import build_accelerator
 from safe_lab.processes import Processes
-from safe_lab.run_folder import RunFolder, hold, to_json
+from safe_lab.run_folder import RunFolder, RunFolderError, hold, to_json
 from safe_lab.section import ConfigError, override_all
 from safe_lab.sharpness import Budget, Gauge, Space
 from safe_lab.sharpness.gauge import HEAD
@@ -167,9 +167,16 @@ def measure_runs(
     # Kept, with its model, for what lies between the runs.
     first: SavedRun | None = None
     with ExitStack() as held:
+        refusal = None
         if processes.is_main:
-            for path in paths:
-                held.enter_context(hold(path, "a live run is writing to this folder; wait for it"))
+            try:
+                for path in paths:
+                    held.enter_context(hold(path, "a live run is writing to this folder; wait for it"))
+            except RunFolderError as error:
+                refusal = error
+        refusal = processes.broadcast(refusal)
+        if refusal is not None:
+            raise refusal
         for path in paths:
             run = load_run(path, overrides, accelerator.device, processes)
             if first is not None and between:

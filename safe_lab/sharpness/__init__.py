@@ -21,7 +21,7 @@ from safe_lab.sharpness.names import ESTIMATORS, LANDSCAPES, MEASURES
 if TYPE_CHECKING:
     from safe_lab.sharpness.budget import Budget
     from safe_lab.sharpness.gauge import Gauge, Sample
-    from safe_lab.sharpness.measure import Measured, Plan, measure, summarize
+    from safe_lab.sharpness.measuring import Measured, Plan, measure, summarize
     from safe_lab.sharpness.space import Space
     from safe_lab.sharpness.surface import OUTPUT_CURVATURES, Surface, twice_differentiable
 
@@ -29,10 +29,10 @@ _HOME = {
     "Budget": "budget",
     "Gauge": "gauge",
     "Sample": "gauge",
-    "Measured": "measure",
-    "Plan": "measure",
-    "measure": "measure",
-    "summarize": "measure",
+    "Measured": "measuring",
+    "Plan": "measuring",
+    "measure": "measuring",
+    "summarize": "measuring",
     "Space": "space",
     "OUTPUT_CURVATURES": "surface",
     "Surface": "surface",

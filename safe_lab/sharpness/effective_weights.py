@@ -104,17 +104,25 @@ def effective_weight_traces(
             deltas = torch.autograd.grad(
                 outputs_nC, [output for _, _, output in passes], column_nC, retain_graph=True, allow_unused=True
             )
+            # A layer that runs twice has one weight, whose gradient is the sum over its passes.
+            tokens: dict[int, list[tuple[Tensor, Tensor]]] = {}
             for (index, inputs, _), delta in zip(passes, deltas, strict=True):
                 if delta is not None:
-                    totals[index] += _squared_norms(inputs, delta) / num_examples
+                    tokens.setdefault(index, []).append((_by_token(inputs), _by_token(delta)))
+            for index, pairs in tokens.items():
+                a_nTI, delta_nTO = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+                totals[index] += _squared_norms(a_nTI, delta_nTO) / num_examples
     totals = processes.sum(totals)
     return dict(zip(layers, totals.tolist(), strict=True))
 
 
-def _squared_norms(inputs: Tensor, delta: Tensor) -> float:
+def _by_token(tensor: Tensor) -> Tensor:
+    """(n, ..., features) -> (n, T, features)."""
+    return tensor.flatten(1, -2) if tensor.ndim > 2 else tensor[:, None]
+
+
+def _squared_norms(a_nTI: Tensor, delta_nTO: Tensor) -> float:
     """Sum over examples of the squared norm of the gradient of a layer's weight."""
-    a_nTI = inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None]
-    delta_nTO = delta.flatten(1, -2) if delta.ndim > 2 else delta[:, None]
     return float(((a_nTI @ a_nTI.mT) * (delta_nTO @ delta_nTO.mT)).sum(dtype=torch.float64))
 
 

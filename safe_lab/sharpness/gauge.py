@@ -16,7 +16,7 @@ from safe_lab.processes import ALONE, Processes
 from safe_lab.sharpness.budget import Budget
 from safe_lab.sharpness.effective_weights import ROOTS, effective_weight_traces
 from safe_lab.sharpness.lanczos import Eigenpairs
-from safe_lab.sharpness.measure import Plan, measure
+from safe_lab.sharpness.measuring import Plan, measure
 from safe_lab.sharpness.norms import unit_norms
 from safe_lab.sharpness.space import Space
 from safe_lab.sharpness.surface import OUTPUT_CURVATURES, Surface, is_widened, twice_differentiable

@@ -184,7 +184,8 @@ def top_eigenpairs(
         like_D: A vector of D entries, for size, dtype and device.
         number: k.
         tolerance: Relative, of the values; 0: as exact as the machine's numbers are.
-        start_D: Where to begin; the nearer to the eigenvectors' span, the sooner it ends.
+        start_D: Where to begin; the nearer to the eigenvectors' span, the sooner it ends. One that the matrix maps to zero, which
+            ARPACK does not take, is left for a random one.
         budget: Ends it before.
 
     Returns:
@@ -207,15 +208,15 @@ def top_eigenpairs(
         residuals = (matrix @ vectors_Dk - vectors_Dk * values_k).norm(dim=0)
         return Eigenpairs(values_k.tolist(), vectors_Dk.to(like_D), residuals.tolist())
     operator = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
+    settings = {"k": number, "which": "LA", "tol": tolerance, "ncv": min(max(2 * number + 1, 20), size)}
     try:
-        found, columns = eigsh(
-            operator,
-            k=number,
-            which="LA",
-            tol=tolerance,
-            v0=start_D.double().cpu().numpy(),
-            ncv=min(max(2 * number + 1, 20), size),
-        )
+        if not products(start_D[:, None].to(like_D)).any():
+            start_D = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            if not products(start_D[:, None].to(like_D)).any():
+                # Of a matrix that is not zero this does not happen.
+                vectors_Dk = torch.eye(size, number).to(like_D)
+                return Eigenpairs([0.0] * number, vectors_Dk, [0.0] * number)
+        found, columns = eigsh(operator, v0=start_D.double().cpu().numpy(), **settings)
     except (_SpentError, ArpackNoConvergence):
         return None
     largest_first = np.argsort(-found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.sparse.linalg import svds
 from torch import Tensor
@@ -57,6 +58,7 @@ def _norms(unit: Unit) -> Norms:
 def _largest_singular_value(matrix: Tensor) -> float:
     if min(matrix.shape) <= 64:
         return float(torch.linalg.matrix_norm(matrix, 2))
-    start = torch.ones(min(matrix.shape)).double().numpy()
+    # Not ones: an update may take nothing from those, and ARPACK no start that the matrix maps to zero.
+    start = np.random.default_rng(0).standard_normal(min(matrix.shape))
     # Updates have low rank, so that a few products do.
     return float(svds(matrix.double().cpu().numpy(), k=1, return_singular_vectors=False, v0=start)[0])

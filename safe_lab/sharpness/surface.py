@@ -119,6 +119,7 @@ class Surface:
         self._outputs = outputs
         self._output_curvature = output_curvature
         self._processes = processes
+        self._was_checked = False
 
     def loss(self) -> float:
         """L where the weights stand.
@@ -174,6 +175,7 @@ class Surface:
             )
             # What the loss is linear in has a gradient without a graph, and no curvature.
             curved = [i for i in range(len(gradients)) if gradients[i].requires_grad]
+            self._check_graph([gradients[i] for i in curved])
 
             def product(vector_D: Tensor) -> Tensor:
                 if not curved:
@@ -226,6 +228,7 @@ class Surface:
                 outputs_nC, parameters, u_nC, create_graph=True, allow_unused=True, materialize_grads=True
             )
             reached = [i for i in range(len(pulled)) if pulled[i].requires_grad]
+            self._check_graph([pulled[i] for i in reached])
 
             def product(vector_D: Tensor) -> Tensor:
                 if not reached:
@@ -259,6 +262,28 @@ class Surface:
         if not total_DK.isfinite().all():
             raise FloatingPointError("a product with the curvature of the loss is not finite")
         return total_DK
+
+    def _check_graph(self, gradients: Sequence[Tensor]) -> None:
+        """Look, once, for operations whose share in a second derivative autograd would leave out without a word.
+
+        Raises:
+            ValueError: There is one: a backward pass of one's own that is marked with ``once_differentiable``.
+        """
+        if self._was_checked:
+            return
+        waiting = [gradient.grad_fn for gradient in gradients]
+        seen = set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "torch::autograd::Error":
+                raise ValueError(
+                    "an operation of the model has no second derivative: its backward pass is marked with once_differentiable"
+                )
+            waiting += [before for before, _ in node.next_functions]
+        self._was_checked = True
 
     def _loss(self, batch: Batch) -> Tensor:
         loss = self._loss_function(self._model, batch)
