@@ -46,7 +46,7 @@ class TraceEstimate:
 
 
 def xtrace(
-    products: Products, like_D: Tensor, read: Read, generator: torch.Generator, *, first: int = 8, then: int = 4
+    products: Products, like_D: Tensor, read: Read, generator: torch.Generator, *, first: int = 6, then: int = 4
 ) -> Iterator[tuple[Tensor, int]]:
     r"""XTrace: as exact as a low-rank approximation where the spectrum decays, and as Hutchinson where it does not.
 
@@ -58,8 +58,8 @@ def xtrace(
     with :math:`\omega_i` Gaussian. The estimate is the mean of the :math:`\mathrm{tr}_i`, its error that of their mean. All of it
     comes from the 2 m products :math:`A \Omega` and :math:`A Q`; further vectors add to what is there. Exact once m = D.
 
-    Where the spectrum decays fast the samples resemble one another, and their spread understates the error, by up to some 1.8 on an
-    exponential decay with few vectors; where it does not, the error is as told.
+    Where the spectrum decays fast the samples resemble one another, and their spread understates the error: by some 1.8 on an
+    exponential decay with the fewest vectors.
 
     Source: Epperly, Tropp and Webber, XTrace (SIAM J. Matrix Anal. Appl. 2024), sections 2 and 3, in its normalised form.
 
