@@ -108,6 +108,12 @@ def test_larger_ball_has_a_larger_rise(adaptive):
     assert all(before < after for before, after in pairwise(rises))
 
 
+def test_the_highest_of_the_places_counts_and_not_the_last():
+    """From 0 up the sine to 2, past its crest, whence the slope leads back to -2."""
+    wave = surface_of(lambda theta: theta.sin().sum(), start=torch.zeros(1, dtype=F64))
+    assert ball_sharpness(wave, 2.0, num_steps=2) == pytest.approx(math.sin(2))
+
+
 def test_loss_that_only_falls_has_no_rise():
     """Along a gradient that overshoots into a valley."""
     valley = surface_of(lambda theta: 1 - (theta**2).sum(), start=torch.full((2,), 1e-3, dtype=F64))
