@@ -26,6 +26,7 @@ from safe_lab.data import Collator, Data, EpochBatchSampler, load_data
 from safe_lab.data.loaders import build_eval_loader, build_probe, build_train_loader, iterate_blocks
 from safe_lab.freezing import Freezer, FreezingRule
 from safe_lab.gauging import build_gauge, measure_during_training
+from safe_lab.gauging import check as check_gauge
 from safe_lab.importance.probe import Batch, undisturbed
 from safe_lab.job import check_alike, is_to_shard
 from safe_lab.memory import Stage
@@ -68,6 +69,7 @@ class Parts:
     data: Data
     model: nn.Module
     initial: Mapping[str, Tensor] | None
+    base_fingerprint: str
     freezer: Freezer
     savings: Savings
     gauge: Gauge | None
@@ -205,7 +207,7 @@ def build(
             processes=processes,
             whole=savings.undone,
         )
-        gauge.check()
+        check_gauge(gauge, config.sharpness)
         if gauge.widens:
             replicas.wrap()
 
@@ -288,7 +290,20 @@ def build(
         console=console,
         base_fingerprint=attached.base_fingerprint,
     )
-    return Parts(processes, tokenizer, data, model, attached.initial, freezer, savings, gauge, meter, tracking, trainer)
+    return Parts(
+        processes,
+        tokenizer,
+        data,
+        model,
+        attached.initial,
+        attached.base_fingerprint,
+        freezer,
+        savings,
+        gauge,
+        meter,
+        tracking,
+        trainer,
+    )
 
 
 def load_parts(config: Config) -> tuple[PreTrainedModel, Attached, PreTrainedTokenizerBase, Data]:

@@ -322,7 +322,8 @@ class SharpnessSection(Section):
         tuple(MEASURES), description="; ".join(f"{name}: {what}" for name, what in MEASURES.items())
     )
     validation_measures: tuple[str, ...] = Field(
-        ("effective_weights", "ball", "average", "trace"), description="the same, over the validation sample"
+        ("effective_weights", "ball", "average", "gauss_newton"),
+        description="the same, over the validation sample, where the Hessian's trace may take hundreds of products",
     )
     every_measures: tuple[str, ...] = Field(
         ("trace",), description="the same, over the training sample during training"
@@ -384,6 +385,13 @@ class SharpnessSection(Section):
     @classmethod
     def _known_measures(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(_known("measure", name, MEASURES) for name in names)
+
+    @field_validator("landscape_points")
+    @classmethod
+    def _odd(cls, number: int) -> int:
+        if number % 2 == 0:
+            raise PydanticCustomError("odd", "an odd number is needed, with the solution in the middle")
+        return number
 
     @field_validator("landscape")
     @classmethod
@@ -536,6 +544,15 @@ def warnings(config: Config) -> list[str]:
         found.append(
             "memory.gradient_checkpointing has no effect without memory.budget; model.gradient_checkpointing is always on"
         )
+    sharpness = config.sharpness
+    if sharpness.every == "freeze" and freezing.policy == "none":
+        found.append("sharpness.every: freeze measures nothing with freezing.policy: none, which freezes nothing")
+    if "eigenvalues" not in sharpness.measures:
+        found += [
+            f"sharpness.landscape: {kind} is left out without eigenvalues among sharpness.measures"
+            for kind in sharpness.landscape
+            if kind.startswith("eigen")
+        ]
     if training.early_stopping and training.eval_every == "never":
         found.append("training.early_stopping has no effect with eval_every: never")
     return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from safe_lab.adapters import affine_layers
@@ -28,6 +30,7 @@ from safe_lab.sharpness.landscape import Slice1D, Slice2D
 from safe_lab.sharpness.plots import check_installed
 from safe_lab.sharpness.sample import batch_by_tokens, draw_rows
 from safe_lab.units import Unit
+from safe_lab.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +74,8 @@ def build_gauge(
         rows = draw_rows(dataset, num_samples, section.seed)
         batches = [
             {name: tensor.to(device) for name, tensor in batch.items()}
-            for batch in batch_by_tokens(rows, collate, section.batch_tokens)
+            # Each process takes its share of each batch.
+            for batch in batch_by_tokens(rows, collate, section.batch_tokens * processes.count)
         ]
         return Sample(batches, len(rows), hash_rows(rows))
 
@@ -101,6 +105,16 @@ def plans_at_end(section: SharpnessSection) -> dict[str, Plan]:
     return plans
 
 
+def check(gauge: Gauge, section: SharpnessSection) -> None:
+    """Try what the section measures on one example.
+
+    Raises:
+        ValueError: The model cannot be differentiated twice.
+        FloatingPointError: A loss or a product is not finite.
+    """
+    gauge.check([*section.measures, *section.validation_measures, *section.every_measures])
+
+
 def measure_during_training(gauge: Gauge, section: SharpnessSection, wrap_anew: Callable[[], None]) -> dict[str, float]:
     """Measure a model in training.
 
@@ -110,12 +124,17 @@ def measure_during_training(gauge: Gauge, section: SharpnessSection, wrap_anew: 
         wrap_anew: What makes several processes' gradients come together anew.
 
     Returns:
-        Flat numbers.
+        Flat numbers; none where it could not be measured, of which it warns.
     """
-    figures = gauge.take({TRAINING: _plan(section, section.every_measures)}).figures
-    if gauge.widens:
-        wrap_anew()
-    return summarize(figures)
+    try:
+        return summarize(gauge.take({TRAINING: _plan(section, section.every_measures)}).figures)
+    except (ValueError, FloatingPointError) as error:
+        # On all processes alike; what a training is measured with must not end it.
+        log.warning("the sharpness was not measured: %s; training goes on", error)
+        return {}
+    finally:
+        if gauge.widens:
+            wrap_anew()
 
 
 def summarize_all(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -166,8 +185,13 @@ def take(gauge: Gauge, section: SharpnessSection) -> Findings:
         FloatingPointError: A loss or a product is not finite.
     """
     reading = gauge.take(plans_at_end(section))
-    slices = _take_slices(gauge, section, reading.eigenpairs.get(TRAINING)) if section.landscape else {}
-    return Findings(reading.figures, slices, reading.eigenpairs)
+    figures = reading.figures | {"settings": section.model_dump(mode="json")}
+    slices: dict[str, list[Slice1D] | Slice2D] = {}
+    if section.landscape:
+        began = time.perf_counter()
+        slices, losses = _take_slices(gauge, section, reading.eigenpairs.get(TRAINING))
+        figures["landscape_cost"] = {"seconds": time.perf_counter() - began, "losses": losses}
+    return Findings(figures, slices, reading.eigenpairs)
 
 
 def write(findings: Findings, folder: RunFolder, name: str) -> list[Path]:
@@ -184,13 +208,14 @@ def write(findings: Findings, folder: RunFolder, name: str) -> list[Path]:
     result = folder.result
     assert result is not None
     place = folder.path / "sharpness"
-    place.mkdir(exist_ok=True)
+    # What an earlier measurement has left would not belong to these figures.
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
     data = RunFolder(place)
     if findings.eigenpairs:
         vectors = {sample: pairs.vectors.contiguous().cpu() for sample, pairs in findings.eigenpairs.items()}
-        unfinished = place / ".unfinished-eigenvectors.safetensors"
-        save_file(vectors, unfinished)
-        unfinished.replace(place / "eigenvectors.safetensors")
+        with whole_file(place / "eigenvectors.safetensors") as stream:
+            stream.write(save(vectors))
     if findings.slices:
         data.write("landscape.json", to_json({kind: _plain(slices) for kind, slices in findings.slices.items()}))
     folder.write(
@@ -248,7 +273,8 @@ def _spectrum(figures: Mapping[str, Any]) -> Any:
 
 def _take_slices(
     gauge: Gauge, section: SharpnessSection, eigenpairs: Eigenpairs | None
-) -> dict[str, list[Slice1D] | Slice2D]:
+) -> tuple[dict[str, list[Slice1D] | Slice2D], int]:
+    """Slices by kind, and how many losses over a sample they took."""
     half = section.landscape_points // 2
     spans = {"random": section.landscape_span, "eigen": section.eigen_span}
     found: dict[str, list[Slice1D] | Slice2D] = {}
@@ -284,7 +310,7 @@ def _take_slices(
                     y=positions,
                     budget=budget,
                 )
-    return found
+        return found, sum(surface.cost.losses for surface in surfaces.values())
 
 
 def _plain(slices: list[Slice1D] | Slice2D) -> Any:

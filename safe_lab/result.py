@@ -33,6 +33,7 @@ class Result:
     frozen_depth: int
     adapters: list[dict[str, Any]]
     timeline: list[dict[str, Any]]
+    fingerprints: dict[str, str]
     sharpness: dict[str, Any] | None = None
 
 

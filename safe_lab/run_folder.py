@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from safe_lab import config as configuration
 from safe_lab.config import Config
 from safe_lab.section import ConfigError
+from safe_lab.whole_file import whole_file
 
 if TYPE_CHECKING:
     from safe_lab.processes import Processes
@@ -135,13 +136,8 @@ class RunFolder:
         """Write a file whole or not at all."""
         if not self._writes:
             return
-        path = self.path / file
-        unfinished = path.with_name(f".unfinished-{file}")
-        with unfinished.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
+        with whole_file(self.path / file) as stream:
+            stream.write(text.encode())
 
 
 @contextmanager
@@ -221,8 +217,9 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
     state = "a finished" if finished else "an unfinished"
     try:
         before = configuration.load(path / "config.yaml")
-        # Who is told of a run changes nothing about it.
-        ours = config.model_copy(update={"tracking": before.tracking}) if resume and not finished else config
+        # Who is told of a run, and what is measured of it, changes nothing about it.
+        same = {"tracking": before.tracking, "sharpness": before.sharpness}
+        ours = config.model_copy(update=same) if resume and not finished else config
         found = differences(before, ours)
     except ConfigError as error:
         raise RunFolderError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 
 from safe_lab import config as configuration
 from safe_lab import launch
-from safe_lab.adapters import find_units, load_adapter
+from safe_lab.adapters import Attached, find_units, load_adapter
 from safe_lab.build import load_parts
 from safe_lab.config import Config
 from safe_lab.console import Console
-from safe_lab.data import Collator
-from safe_lab.gauging import Findings, build_gauge, draw, take, write
+from safe_lab.data import Collator, Data
+from safe_lab.data.loaders import hash_rows
+from safe_lab.gauging import Findings, build_gauge, check, draw, take, write
 from safe_lab.job import build_accelerator
 from safe_lab.processes import Processes
 from safe_lab.run_folder import RunFolder, RunFolderError, hold, to_json
@@ -77,11 +79,15 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         if not (path / file).is_file():
             raise ConfigError(f"{path}: there is no {file}: {what}")
     try:
-        _ = RunFolder(path).result
+        if not isinstance(RunFolder(path).result, dict):
+            raise ValueError("it holds no object")
     except ValueError as error:
         raise ConfigError(f"{path}: result.json is damaged ({error})") from None
     tree = configuration.load(path / "config.yaml").model_dump(mode="json")
     dotted = [text if text.startswith("sharpness.") else f"sharpness.{text}" for text in overrides]
+    for text in dotted:
+        if text.startswith(("sharpness.when=", "sharpness.every=")):
+            log.warning("%s has no effect here: it is for safe-lab train", text)
     faults = override_all(tree, dotted)
     if faults:
         raise ConfigError("\n".join(faults))
@@ -105,6 +111,7 @@ def load_run(path: Path, overrides: Sequence[str], device: torch.device, process
         load_adapter(attached.model, folder.adapter, initial=attached.initial)
         if list(data.labels) != result.get("labels"):
             raise ValueError(f"the data has the labels {list(data.labels)}, and the run had {result.get('labels')}")
+        _check_unchanged(result.get("fingerprints", {}), attached, data)
         model = attached.model.to(device).eval()
         batch = Collator(tokenizer)([data.train[0]])
         units = find_units(
@@ -115,7 +122,7 @@ def load_run(path: Path, overrides: Sequence[str], device: torch.device, process
         gauge = build_gauge(
             config.sharpness, model, units, data, tokenizer, device=device, head=head, processes=processes
         )
-        gauge.check()
+        check(gauge, config.sharpness)
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     name = f"{config.name}/{config.variant}/seed-{config.seed}"
@@ -161,7 +168,7 @@ def measure_runs(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     processes = Processes.of_job(accelerator.device)
-    together = output or Path(*_common(paths)) / "sharpness"
+    together = output or _folder_of(paths) / "sharpness"
     found: dict[str, Findings] = {}
     positions: dict[str, Tensor] = {}
     # Kept, with its model, for what lies between the runs.
@@ -186,6 +193,8 @@ def measure_runs(
                 findings = take(run.gauge, run.config.sharpness)
             except ValueError as error:
                 raise ConfigError(f"{path}: {error}") from error
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{path}: {error}") from error
             if processes.is_main:
                 pictures = write(findings, run.folder, run.name)
                 console.say(f"{run.name}: written to {path / 'result.json'}" + _list(pictures))
@@ -239,6 +248,16 @@ def _measure_between(
     return asdict(found)
 
 
+def _check_unchanged(before: Mapping[str, str], attached: Attached, data: Data) -> None:
+    """Hold base weights and rows against those of the training; versions before 0.1.0 did not write down which these were."""
+    # Where attaching has changed the base, it has rounded as this machine does; the adapter's own check is for that.
+    if attached.initial is None and before.get("base", attached.base_fingerprint) != attached.base_fingerprint:
+        raise ValueError("the weights behind model.path are not those that the run was trained on")
+    for split, rows in {"training": data.train, **data.validation}.items():
+        if split in before and before[split] != hash_rows(rows):
+            log.warning("the %s split does not hold what it held when the run was trained", split)
+
+
 def _check_alike(one: SavedRun, other: SavedRun) -> None:
     """Whether two runs can stand in one model."""
     if one.base_fingerprint != other.base_fingerprint:
@@ -247,14 +266,10 @@ def _check_alike(one: SavedRun, other: SavedRun) -> None:
         raise ConfigError(f"{one.name} and {other.name} have other data or adapters: there is no line between them")
 
 
-def _common(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The parts of the path that all have in common, short of the last of a single one."""
-    common = []
-    for parts in zip(*(path.parts for path in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return tuple(common)
+def _folder_of(paths: Sequence[Path]) -> Path:
+    """The folder that all have in common; where that is no more than the root, the one this runs in."""
+    common = Path(os.path.commonpath(paths))
+    return common if common != Path(common.anchor) else Path.cwd()
 
 
 def _list(files: Sequence[Path]) -> str:

@@ -22,6 +22,7 @@ LAYERS = [
         "sharding",
         "launch",
         "weights",
+        "whole_file",
     },
     {"schedule", "policy", "importance", "data", "sharpness"},
     {"config"},
@@ -40,8 +41,25 @@ LAYERS = [
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 # The paper's part works without configuration, trainer or tracker.
-PURE = {"units", "schedule", "policy", "importance", "freezing", "suggest", "processes", "sharding", "sharpness"}
-ONLY_IN = {"accelerate": {"trainer", "job", "build", "saved", "tracking"}, "wandb": {"tracking"}, "peft": {"adapters"}}
+PURE = {
+    "units",
+    "schedule",
+    "policy",
+    "importance",
+    "freezing",
+    "suggest",
+    "processes",
+    "sharding",
+    "sharpness",
+    "whole_file",
+}
+ONLY_IN = {
+    "accelerate": {"trainer", "job", "build", "saved", "tracking"},
+    "wandb": {"tracking"},
+    "peft": {"adapters"},
+    "matplotlib": {"sharpness"},
+    "plotly": {"sharpness"},
+}
 
 
 def imports():

@@ -172,6 +172,11 @@ def test_an_override_without_a_value_or_through_a_value_is_refused(path):
         (["model.dtype=float16"], "epsilon"),
         (["training.early_stopping=2", "training.eval_every=never"], "no effect"),
         (["training.batch_size=1", "savings.trim_padding=8"], "a batch of one row has no padding"),
+        (["freezing.policy=none", "sharpness.every=freeze"], "sharpness.every: freeze measures nothing"),
+        (
+            ["sharpness.landscape=[eigen_line]", "sharpness.measures=[trace]"],
+            "eigen_line is left out without eigenvalues",
+        ),
     ],
 )
 def test_a_threshold_that_decides_nothing_warns(path, overrides, part):

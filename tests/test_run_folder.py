@@ -44,6 +44,13 @@ def test_an_unfinished_run_wants_to_be_resumed_or_overwritten(tiny_tree):
     claim_and_leave(config, resume=True)
 
 
+def test_a_run_goes_on_with_other_measurements_and_trackers(tiny_tree):
+    claim_and_leave(make(tiny_tree, sharpness={"every": "freeze"}))
+    claim_and_leave(make(tiny_tree, sharpness={"every": "never"}, tracking={"wandb": "offline"}), resume=True)
+    with pytest.raises(RunFolderError, match=r"training\.epochs"):
+        claim_and_leave(make(tiny_tree, training=tiny_tree["training"] | {"epochs": 9}), resume=True)
+
+
 def test_a_finished_run_of_another_configuration_is_refused_and_says_what_differs(tiny_tree):
     folder = claim_and_leave(make(tiny_tree))
     folder.write("result.json", "{}")

@@ -116,7 +116,7 @@ def test_between_two_runs_there_is_a_line_and_between_three_a_plane(tiny_tree, t
         config = config_of(tiny_tree, seed=seed)
         run(config)
         folders.append(config.run_folder)
-    quick = [*SETTINGS, "measures=[trace,spectrum]", "landscape_points=4"]
+    quick = [*SETTINGS, "measures=[trace,spectrum]", "landscape_points=5"]
     two = measure_runs(folders[:2], quick, between=True, output=tmp_path / "two")["between"]
     assert two["marks"] == {"tiny/default/seed-0": 0.0, "tiny/default/seed-1": 1.0}
     assert min(two["barriers"].values()) >= 0
@@ -172,6 +172,12 @@ def damage(what):
             path.write_text(path.read_text().replace(",1\n", ",7\n"))
         elif what == "damaged result":
             (folder / "result.json").write_text("{")
+        elif what == "a list for a result":
+            (folder / "result.json").write_text("[]")
+        elif what == "other base":
+            result = json.loads((folder / "result.json").read_text())
+            result["fingerprints"]["base"] = "0" * len(result["fingerprints"]["base"])
+            (folder / "result.json").write_text(json.dumps(result))
 
     return change
 
@@ -188,6 +194,8 @@ def damage(what):
         ("no data", "data.csv"),
         ("other labels", "the data has the labels ['0', '7'], and the run had ['0', '1']"),
         ("damaged result", "result.json"),
+        ("a list for a result", "result.json is damaged (it holds no object)"),
+        ("other base", "the weights behind model.path are not those that the run was trained on"),
     ],
 )
 def test_a_folder_that_cannot_be_measured_is_refused_in_one_line(finished, capsys, what, line):
@@ -197,12 +205,37 @@ def test_a_folder_that_cannot_be_measured_is_refused_in_one_line(finished, capsy
     assert len(errors) == 1 and line in errors[0] and str(finished.run_folder) in errors[0]
 
 
+def test_rows_that_have_changed_are_told(finished, caplog):
+    path = finished.run_folder.parents[3] / "data.csv"
+    text, label = path.read_text().rstrip().rsplit(",", 1)
+    path.write_text(f"{text} more,{label}\n")
+    measure_runs([finished.run_folder], [*SETTINGS, "measures=[norms]"])
+    assert "split does not hold what it held when the run was trained" in caplog.text
+
+
+def test_measuring_again_leaves_nothing_of_the_time_before(finished):
+    measure_runs([finished.run_folder], [*SETTINGS, "landscape=[random_line]", "landscape_points=3"])
+    pictures = finished.run_folder / "sharpness"
+    assert (pictures / "random_line.png").exists()
+    measure_runs([finished.run_folder], [*SETTINGS, "measures=[norms]", "validation_samples=0"])
+    assert list(pictures.iterdir()) == []
+    figures = sharpness_of(finished)
+    assert "trace" not in figures and "landscape_cost" not in figures
+    assert figures["settings"]["measures"] == ["norms"]
+
+
+def test_settings_of_trainings_alone_are_said_to_have_no_effect(finished, caplog):
+    measure_runs([finished.run_folder], [*SETTINGS, "measures=[norms]", "validation_samples=0", "every=freeze"])
+    assert "sharpness.every=freeze has no effect here: it is for safe-lab train" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("word", "line"),
     [
         ("sampels=3", "sharpness.sampels: unknown key; did you mean samples?"),
         ("measures=[trase]", "'trase' is no measure; did you mean trace?"),
         ("samples=0", "sharpness.samples"),
+        ("landscape_points=4", "an odd number is needed, with the solution in the middle"),
         ("training.epochs=3", "sharpness.training"),
     ],
 )

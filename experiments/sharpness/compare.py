@@ -4,7 +4,8 @@ python experiments/sharpness/compare.py RUNS [BASELINE [VARIANT]]
 
 RUNS is the folder of an experiment, such as runs/flatness-sst2, with runs that were measured (safe-lab sharpness); the variants
 are lora and safe by themselves. Differences are of logarithms where all values are positive, and shown as the ratio VARIANT /
-BASELINE; else they are shown as they are. Interval: 95 %, of Student's t over the seeds.
+BASELINE; else they are shown as they are. Interval: 95 %, of Student's t over the seeds, for each figure by itself: of twenty
+figures without any difference one would be marked.
 """
 
 import json

@@ -8,7 +8,7 @@ It works on any model whose adapters are units, without configuration, trainer o
 
 Figures in the space of the adapters' own weights (trace, eigenvalues, spectrum, SAM, noise) are not invariant to LoRA's rescaling
 B -> cB, A -> A/c, which changes them and not the function. The adaptive ones are invariant to that, and ``effective_weights`` to
-whatever leaves the function as it is.
+every way to write the same updates.
 
 Names of what can be measured load at once; the rest brings torch, and loads when it is first used.
 """

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from safe_lab.sharpness.estimate import Estimate
 from safe_lab.sharpness.surface import Surface
-from safe_lab.sharpness.trace import Estimate
 
 
 def ball_sharpness(surface: Surface, radius: float, *, adaptive: bool = False, num_steps: int = 5) -> float:

@@ -9,6 +9,7 @@ Legend: n examples in a batch, T tokens, I inputs and O outputs of a layer, C ou
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from safe_lab.importance.probe import Batch, count_examples, share_of
 from safe_lab.processes import ALONE, Processes
 from safe_lab.sharpness.surface import logits
+
+log = logging.getLogger(__name__)
 
 # Columns S of which S S^T is the Hessian of one example's loss by the outputs: (n, C) -> (columns, n, C).
 Roots = Callable[[Tensor], Tensor]
@@ -65,7 +68,8 @@ def effective_weight_traces(
     W's size; it takes C backward passes.
 
     Invariant to every change of the adapter's own weights that leaves W as it is: to LoRA's rescaling, to rotations of its
-    factors, to folding. Not invariant to rescaling W against other layers' weights, of which adapters can do none.
+    factors, to folding. Not invariant to rescaling W against another layer's weight, which LoRA cannot do exactly and IA3 can
+    (queries against keys).
 
     Source: Gauss-Newton as in Martens (JMLR 2020); norms of single examples' gradients by the tokens' inner products:
     Goodfellow (2015), Li et al. (ICLR 2022), section 4.
@@ -79,13 +83,13 @@ def effective_weight_traces(
         processes: Who computes it together.
 
     Returns:
-        The trace by name of the layer; 0 for one that does not run.
-
-    Raises:
-        ValueError: A layer's input does not have the examples for its first dimension.
+        The trace by name of the layer; 0 for one that does not run. A layer whose input does not have the examples for its first
+        dimension is left out, with a warning.
     """
     num_examples = sum(map(count_examples, batches))
     totals = torch.zeros(len(layers), dtype=torch.float64)
+    # DeBERTa's query also runs on the table of relative positions, which no example owns.
+    mixes = torch.zeros(len(layers), dtype=torch.float64)
     for batch in batches:
         share = share_of(batch, processes)
         if not count_examples(share):
@@ -93,11 +97,8 @@ def effective_weight_traces(
         with _recorded(layers) as passes, torch.enable_grad():
             outputs_nC = outputs(model, share)
         for index, inputs, _ in passes:
-            if len(inputs) != len(outputs_nC):
-                raise ValueError(
-                    f"layer {list(layers)[index]} does not keep examples apart: it was given {len(inputs)} rows for "
-                    f"{len(outputs_nC)} examples"
-                )
+            mixes[index] += len(inputs) != len(outputs_nC) or inputs.ndim < 2
+        passes = [entry for entry in passes if not mixes[entry[0]]]
         if not passes:
             continue
         for column_nC in roots(outputs_nC.detach()):
@@ -112,8 +113,21 @@ def effective_weight_traces(
             for index, pairs in tokens.items():
                 a_nTI, delta_nTO = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
                 totals[index] += _squared_norms(a_nTI, delta_nTO) / num_examples
-    totals = processes.sum(totals)
-    return dict(zip(layers, totals.tolist(), strict=True))
+    # On all processes alike.
+    totals, mixes = processes.sum(totals), processes.sum(mixes)
+    names = list(layers)
+    mixed = mixes.nonzero().flatten().tolist()
+    if mixed:
+        log.warning(
+            "effective weights: %d layers do not keep examples apart and are left out, %s among them",
+            len(mixed),
+            names[mixed[0]],
+        )
+    return {
+        name: total
+        for index, (name, total) in enumerate(zip(names, totals.tolist(), strict=True))
+        if index not in mixed
+    }
 
 
 def _by_token(tensor: Tensor) -> Tensor:

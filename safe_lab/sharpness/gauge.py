@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -109,7 +109,7 @@ class Gauge:
             for name, layer in layers.items()
             if {id(p) for p in layer.parameters()} & {id(p) for u in self._units for p in u.parameters.values()}
         }
-        self._others = {HEAD: list(head)} if head else {}
+        self._head = {HEAD: list(head)} if head else {}
         self._dtype = dtype
         self._whole = whole
         self.processes = processes
@@ -130,28 +130,27 @@ class Gauge:
         """
         with self._whole(), twice_differentiable(self._model, self._dtype):
             space = space or self._space()
-            yield {
-                name: Surface(
-                    self._model,
-                    sample.batches,
-                    self._loss_function,
-                    space,
-                    output_curvature=OUTPUT_CURVATURES[self._kind],
-                    processes=self.processes,
-                )
-                for name, sample in self._samples.items()
-            }
+            yield {name: self._surface(sample, space, self.processes) for name, sample in self._samples.items()}
 
-    def check(self) -> None:
-        """Try one product on one example, so that a training does not end with what cannot be measured.
+    def check(self, measures: Iterable[str]) -> None:
+        """Try each measure, as coarsely as it goes, on one example, so that a training does not end with what cannot be measured.
+
+        Args:
+            measures: Names of :data:`~safe_lab.sharpness.names.MEASURES`.
 
         Raises:
             ValueError: The model cannot be differentiated twice.
+            FloatingPointError: The loss of that example or a product is not finite.
         """
+        batch = {name: tensor[:1] for name, tensor in self._samples[TRAINING].batches[-1].items()}
+        sample = Sample([batch], 1, "")
         with self._whole(), twice_differentiable(self._model, self._dtype):
-            space = self._space()
-            batch = {name: tensor[:1] for name, tensor in self._samples[TRAINING].batches[-1].items()}
-            Surface(self._model, [batch], self._loss_function, space).hessian_products(space.position()[:, None])
+            surface = self._surface(sample, self._space(), ALONE)
+            for name in dict.fromkeys(measures):
+                plan = Plan(
+                    [name], estimator="hutchinson", num_eigenvalues=1, num_starts=2, num_steps=1, num_directions=2
+                )
+                measure(surface, plan, budget=Budget(surface.cost, products=1), others=self._others_over(sample, ALONE))
 
     def take(self, plans: Mapping[str, Plan]) -> Reading:
         """Measure where the weights stand.
@@ -174,16 +173,8 @@ class Gauge:
                     products=plan.budget_products,
                     processes=self.processes,
                 )
-                measured = measure(
-                    surface,
-                    plan,
-                    others={
-                        "norms": self._norms,
-                        "effective_weights": partial(self._effective_weights, self._samples[name]),
-                    },
-                    budget=budget,
-                )
                 sample = self._samples[name]
+                measured = measure(surface, plan, budget=budget, others=self._others_over(sample, self.processes))
                 found[name] = {"examples": sample.num_examples, "fingerprint": sample.fingerprint, **measured.figures}
                 if measured.eigenpairs is not None:
                     eigenpairs[name] = measured.eigenpairs
@@ -192,7 +183,7 @@ class Gauge:
             "space": {
                 "dimensions": space.num_dimensions,
                 "units": [unit.name for unit in self._units],
-                "head": bool(self._others),
+                "head": bool(self._head),
                 "dtype": str(space.dtype).removeprefix("torch."),
             },
             "seed": next(iter(plans.values())).seed,
@@ -203,14 +194,31 @@ class Gauge:
         return Reading(figures, eigenpairs)
 
     def _space(self) -> Space:
-        return Space.of_units(self._units, self._others)
+        return Space.of_units(self._units, self._head)
+
+    def _surface(self, sample: Sample, space: Space, processes: Processes) -> Surface:
+        return Surface(
+            self._model,
+            sample.batches,
+            self._loss_function,
+            space,
+            output_curvature=OUTPUT_CURVATURES[self._kind],
+            processes=processes,
+        )
+
+    def _others_over(self, sample: Sample, processes: Processes) -> dict[str, Callable[[], dict[str, Any]]]:
+        """The measures that are not of a surface alone."""
+        return {
+            "norms": self._norms,
+            "effective_weights": partial(self._effective_weights, sample, processes),
+        }
 
     def _norms(self) -> dict[str, Any]:
         return {"norms": {name: asdict(norms) for name, norms in unit_norms(self._units).items()}}
 
-    def _effective_weights(self, sample: Sample) -> dict[str, Any]:
+    def _effective_weights(self, sample: Sample, processes: Processes) -> dict[str, Any]:
         traces = effective_weight_traces(
-            self._model, sample.batches, self._layers, ROOTS[self._kind], processes=self.processes
+            self._model, sample.batches, self._layers, ROOTS[self._kind], processes=processes
         )
         return {
             "effective_weight_trace": sum(traces.values()) if traces else None,

@@ -16,8 +16,8 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from safe_lab.sharpness.budget import Budget
+from safe_lab.sharpness.estimate import Estimate
 from safe_lab.sharpness.surface import Products
-from safe_lab.sharpness.trace import Estimate
 
 # Below this share of the matrix's size a new direction is rounding, and the Krylov space is whole.
 _EXHAUSTED = {torch.float32: 1e-6, torch.float64: 1e-12}

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from safe_lab.sharpness.ball import average_sharpness, ball_sharpness
 from safe_lab.sharpness.budget import Budget
+from safe_lab.sharpness.estimate import Estimate
 from safe_lab.sharpness.lanczos import Eigenpairs, Krylov, lanczos, top_eigenpairs
 from safe_lab.sharpness.names import MEASURES
 from safe_lab.sharpness.surface import Products, Surface
-from safe_lab.sharpness.trace import Estimate, estimate_trace
+from safe_lab.sharpness.trace import estimate_trace
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,11 @@ class _Taker:
         total, adaptive, *by_group = found.readings
         return {
             name: {**asdict(total), "products": found.num_products, "converged": found.converged},
-            f"adaptive_{name}": asdict(adaptive),
+            # The products are for the trace; this one has an error of its own.
+            f"adaptive_{name}": {
+                **asdict(adaptive),
+                "converged": adaptive.standard_error <= self._plan.tolerance * abs(adaptive.value),
+            },
             f"{name}_by_unit": {group: asdict(e) for group, e in zip(self._space.groups, by_group, strict=True)},
         }
 

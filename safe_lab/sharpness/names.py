@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# In the order in which they are taken: what costs little comes first, should the budget end.
+# In the order in which they are taken, should the budget end: what costs little comes first, and last the one whose price
+# depends on what it finds.
 MEASURES: Mapping[str, str] = MappingProxyType(
     {
         "norms": "sizes of adapters and their updates",
         "effective_weights": "Gauss-Newton trace by the effective weights, invariant to LoRA's rescaling",
         "ball": "largest rise of the loss in a ball (SAM), and in one that stretches with the weights (adaptive SAM)",
         "average": "mean rise of the loss under noise on the weights",
-        "trace": "trace of the Hessian, by unit too",
         "spectrum": "density of the Hessian's eigenvalues",
         "eigenvalues": "largest eigenvalues of the Hessian, with their vectors",
         "gauss_newton": "trace of the Gauss-Newton matrix, by unit too",
+        "trace": "trace of the Hessian, by unit too",
     }
 )
 ESTIMATORS: Mapping[str, str] = MappingProxyType(

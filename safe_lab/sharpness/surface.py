@@ -23,8 +23,8 @@ from safe_lab.sharpness.space import Space
 
 Products = Callable[[Tensor], Tensor]
 
-# Attention without a second derivative, and kernels whose backward pass has none (torch 2.13).
-_WITHOUT_SECOND_DERIVATIVE = ("flash_attention", "flex_attention")
+# Attention that has a second derivative: by matrix products (torch 2.13; sdpa under SDPBackend.MATH).
+_TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
 
 @dataclass
@@ -349,6 +349,9 @@ def twice_differentiable(model: nn.Module, dtype: torch.dtype = torch.float32) -
             "measure the finished run with safe-lab sharpness"
         )
     quantised = next((name for name, parameter in model.named_parameters() if _is_quantised(parameter)), None)
+    if quantised is None and getattr(model, "hf_quantizer", None) is not None:
+        # GPTQ and AWQ keep their integers in buffers.
+        quantised = type(model.hf_quantizer).__name__
     if quantised is not None:
         raise ValueError(
             f"sharpness needs second derivatives, and the base weights are quantised ({quantised}): they have none; load the "
@@ -409,7 +412,7 @@ def _other_attention(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         config = getattr(module, "config", None)
         name = getattr(config, "_attn_implementation", None)
-        if isinstance(name, str) and any(part in name for part in _WITHOUT_SECOND_DERIVATIVE):
+        if isinstance(name, str) and name not in _TWICE_DIFFERENTIABLE:
             configs.append((config, name))
     try:
         for config, _ in configs:

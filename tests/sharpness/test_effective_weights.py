@@ -197,16 +197,20 @@ def test_layer_that_does_not_run_has_no_trace(small):
     assert traces(small, layers={"idle": idle, "0": small.model[0]})["idle"] == 0
 
 
-def test_layer_that_mixes_examples_is_refused():
-    model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 1), nn.Unflatten(0, (2, 5)), nn.Flatten(1)).double()
-    with pytest.raises(ValueError, match="layer 1 does not keep examples apart: it was given 10 rows for 2"):
-        effective_weight_traces(
-            model,
-            [{"x": torch.ones(2, 5, 3, dtype=F64)}],
-            {"1": model[1]},
-            squared_error_roots,
-            outputs=lambda model, batch: model(batch["x"]),
-        )
+def test_layer_that_mixes_examples_is_left_out_by_name(caplog):
+    """As DeBERTa's, which also turns its table of relative positions into keys."""
+    model = nn.Sequential(
+        nn.Flatten(0, 1), nn.Linear(3, 1), nn.Unflatten(0, (2, 5)), nn.Flatten(1), nn.Linear(5, 1)
+    ).double()
+    found = effective_weight_traces(
+        model,
+        [{"x": torch.ones(2, 5, 3, dtype=F64)}],
+        {"mixing": model[1], "apart": model[4]},
+        squared_error_roots,
+        outputs=lambda model, batch: model(batch["x"]),
+    )
+    assert found.keys() == {"apart"} and found["apart"] > 0
+    assert "1 layers do not keep examples apart and are left out, mixing among them" in caplog.text
 
 
 @pytest.mark.parametrize("raises", [False, True])

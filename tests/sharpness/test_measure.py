@@ -300,9 +300,16 @@ def test_loss_that_is_nan_is_an_error(bert):
 
 def test_what_the_budget_does_not_reach_is_left_out_by_name(bert):
     figures = take(bert, *MEASURES, plan=replace(QUICK, budget_products=1))
-    assert figures["left_out"] == ["spectrum", "eigenvalues", "gauss_newton"]
-    assert not figures["trace"]["converged"]
-    assert not {"spectrum", "top_eigenvalues", "gauss_newton_trace"} & figures.keys()
+    assert figures["left_out"] == ["eigenvalues", "gauss_newton", "trace"]
+    assert [len(nodes) for nodes in figures["spectrum"]["nodes"]] == [1, 1]
+    assert not {"top_eigenvalues", "gauss_newton_trace", "trace"} & figures.keys()
+
+
+def test_trace_ends_with_the_error_it_has_reached(bert):
+    found = take(bert, "trace", plan=replace(QUICK, tolerance=1e-9, budget_products=13))["trace"]
+    assert not found["converged"]
+    assert 13 <= found["products"] <= 20
+    assert found["standard_error"] > 0
 
 
 def test_no_time_leaves_everything_out(bert):
@@ -450,15 +457,16 @@ def test_model_is_whole_while_it_is_measured(bert):
             inside.append(False)
 
     gauge = gauge_of(bert, whole=Whole)
-    gauge.check()
+    gauge.check(MEASURES)
     gauge.take({TRAINING: QUICK})
     assert inside == [True, False, True, False]
 
 
 def test_check_passes_what_can_be_measured_and_names_what_cannot(bert):
-    gauge_of(bert).check()
-    with bert.model.disable_adapter(), pytest.raises(ValueError, match="does not depend on these weights"):
-        gauge_of(bert).check()
+    gauge_of(bert).check(MEASURES)
+    for name in ("trace", "spectrum", "eigenvalues", "gauss_newton", "ball"):
+        with bert.model.disable_adapter(), pytest.raises(ValueError, match="do(es)? not depend on these weights"):
+            gauge_of(bert).check([name])
 
 
 # Flat numbers

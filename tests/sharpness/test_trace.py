@@ -10,7 +10,9 @@ import pytest
 import torch
 from problems import F64, Counted, matrix_of, seeded
 
-from safe_lab.sharpness.trace import ESTIMATORS, Estimate, estimate_trace, hutchinson, xtrace
+from safe_lab.sharpness.estimate import Estimate
+from safe_lab.sharpness.trace import ESTIMATORS, estimate_trace, hutchinson
+from safe_lab.sharpness.xtrace import xtrace
 
 SIZE = 120
 INDEX = torch.arange(SIZE, dtype=F64)
@@ -59,7 +61,8 @@ def slope(x, y):
 
 # Mean and spread
 
-# XTrace's leave-one-out errors go together where the spectrum falls steeply and the basis is young: there 40 vectors.
+# A jackknife errs on the safe side, and far where the spectrum falls steeply.
+CAUTION = {"hutchinson": 0.8, "xtrace": 0.2}
 CASES = [
     *(("hutchinson", name, 40) for name in SPECTRA),
     ("xtrace", "exponential", 80),
@@ -86,7 +89,7 @@ def test_reported_error_is_the_error(estimator, name, products):
     """Of a normal estimate 99.7 % lie within three standard errors, of one from 12 samples 98.8 %."""
     errors, reported = errors_of_case(estimator, name, products)
     z = errors / reported
-    assert 0.8 < z.std() < 1.5
+    assert CAUTION[estimator] < z.std() < 1.3
     assert (z.abs() <= 3).double().mean() >= 0.97
 
 
@@ -104,19 +107,20 @@ def test_hutchinsons_error_falls_as_one_over_the_root_of_the_vectors():
 @pytest.mark.parametrize("name", SPECTRA)
 def test_hutchinsons_variance_is_twice_the_squares_off_the_diagonal(name):
     matrix = matrix_of(SPECTRA[name])
-    samples, _ = next(hutchinson(Counted(matrix), matrix[0], read_trace, seeded(), first=4000))
+    (found,), _ = next(hutchinson(Counted(matrix), matrix[0], read_trace, seeded(), first=4000))
     off_diagonal = matrix - matrix.diag().diag()
     # A variance from 4000 numbers of such tails is known within some 4 %.
-    assert float(samples.var()) == pytest.approx(2 * float(off_diagonal.square().sum()), rel=0.12)
+    assert 4000 * found.standard_error**2 == pytest.approx(2 * float(off_diagonal.square().sum()), rel=0.12)
 
 
 def xtrace_rms(spectrum, number, *, seeds=40):
     matrix = matrix_of(spectrum)
     errors = [
-        next(xtrace(Counted(matrix), matrix[0], read_trace, seeded(seed), first=number))[0].mean() - matrix.trace()
+        next(xtrace(Counted(matrix), matrix[0], read_trace, seeded(seed), first=number))[0][0].value
+        - float(matrix.trace())
         for seed in range(seeds)
     ]
-    return float(torch.stack(errors).square().mean().sqrt())
+    return float(torch.tensor(errors).square().mean().sqrt())
 
 
 def test_xtraces_error_falls_with_the_square_where_eigenvalues_fall_with_the_square():
@@ -144,10 +148,9 @@ def test_xtraces_samples_beside_its_basis_are_unbiased():
     matrix = matrix_of(3 + 5 * signs)
     # With this seed the first samples tell that.
     readings = xtrace(Counted(matrix), matrix[0], read_trace, seeded(5), first=4, then=50_000)
-    _, (samples, num_products) = itertools.islice(readings, 2)
-    assert (samples.shape[1], num_products) == (50_004, 50_008)
-    error = samples.std() / samples.shape[1] ** 0.5
-    assert abs(samples.mean() - 120) < 3 * error < 1
+    _, ((found,), num_products) = itertools.islice(readings, 2)
+    assert num_products == 50_008
+    assert abs(found.value - 120) < 3 * found.standard_error < 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6])
@@ -204,8 +207,9 @@ def test_one_by_one_matrix_is_read_exactly(estimator):
 def test_hutchinson_is_exact_on_a_diagonal_matrix():
     """Signs square to one: each entry of the diagonal is read as it is."""
     matrix = torch.diag(SPECTRA["indefinite"])
-    samples, _ = next(hutchinson(Counted(matrix), matrix[0], lambda diagonals: diagonals, seeded()))
-    assert torch.equal(samples, matrix.diag()[:, None].expand(-1, 8))
+    readings, _ = next(hutchinson(Counted(matrix), matrix[0], lambda diagonals: diagonals, seeded()))
+    assert [found.value for found in readings] == matrix.diag().tolist()
+    assert {found.standard_error for found in readings} == {0}
 
 
 # Entry by entry
@@ -222,11 +226,11 @@ def read_all(diagonals_Dm):
 
 @pytest.mark.parametrize("name", ["outliers", "indefinite", "low rank"])
 @every_estimator
-def test_groups_add_up_to_the_trace_in_each_sample(estimator, name):
+def test_groups_add_up_to_the_trace(estimator, name):
     matrix = matrix_of(SPECTRA[name])
     readings = ESTIMATORS[estimator](Counted(matrix), matrix[0], read_all, seeded())
-    for samples, _ in itertools.islice(readings, 6):
-        torch.testing.assert_close(samples[2:].sum(0), samples[0], rtol=1e-11, atol=1e-11)
+    for (trace, _, *groups), _ in itertools.islice(readings, 6):
+        assert sum(group.value for group in groups) == pytest.approx(trace.value, rel=1e-11, abs=1e-11)
 
 
 @pytest.mark.parametrize("name", ["exponential", "outliers", "indefinite"])
@@ -237,22 +241,42 @@ def test_every_reading_is_unbiased_and_its_error_its_own(estimator, name):
     errors, reported = errors_of(matrix, estimator, seeds=100, read=read_all, true=true, products=60)
     assert (errors.mean(0).abs() < 4 * errors.std(0) / 10).all()
     z = errors / reported
-    assert ((z.std(0) > 0.7) & (z.std(0) < 1.5)).all()
+    assert ((z.std(0) > CAUTION[estimator]) & (z.std(0) < 1.5)).all()
     assert ((z.abs() <= 3).double().mean(0) >= 0.95).all()
+
+
+@pytest.mark.parametrize("name", ["exponential", "outliers", "indefinite"])
+def test_mean_and_jackknife_are_those_of_bases_made_anew_for_each_left_out(name):
+    matrix, number = matrix_of(SPECTRA[name]), 7
+    omega = torch.randn(SIZE, number, generator=seeded(3), dtype=F64)
+
+    def sample(i, others):
+        basis = torch.linalg.qr(matrix @ omega[:, others])[0]
+        u = omega[:, i] - basis @ (basis.T @ omega[:, i])
+        scale = (SIZE - len(others)) / u.square().sum()
+        return read_all(((basis * (matrix @ basis)).sum(1) + scale * u * (matrix @ u))[:, None])[:, 0]
+
+    def mean(of):
+        return torch.stack([sample(i, [j for j in of if j != i]) for i in of]).mean(0)
+
+    every = list(range(number))
+    without = torch.stack([mean([i for i in every if i != j]) for j in every])
+    error = ((number - 1) / number * (without - without.mean(0)).square().sum(0)).sqrt()
+    readings, _ = next(xtrace(Counted(matrix), matrix[0], read_all, seeded(3), first=number))
+    assert [found.value for found in readings] == pytest.approx(mean(every).tolist(), rel=1e-9)
+    assert [found.standard_error for found in readings] == pytest.approx(error.tolist(), rel=1e-6)
 
 
 # When it ends
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [("exponential", 0.85), ("algebraic", 0.9), ("outliers", 0.9), ("low rank", 0.9)]
-)
-def test_what_has_converged_is_within_three_standard_errors(name, share):
-    """To end when the error looks small favours samples in which it looks too small; most where they resemble one another."""
+@pytest.mark.parametrize("name", ["exponential", "algebraic", "outliers", "low rank"])
+def test_what_has_converged_is_within_three_standard_errors(name):
+    """Though to end when the error looks small favours samples in which it looks too small."""
     errors, reported = errors_of(matrix_of(SPECTRA[name]), "xtrace", seeds=60, tolerance=0.05, products=200)
     # Rounding, where the matrix has fewer directions than vectors, is no error.
     within = errors.abs() <= 3 * reported + 1e-10
-    assert within.double().mean() >= share
+    assert within.double().mean() >= 0.97
 
 
 @every_estimator

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from safe_lab.sharpness.plots.panels import (
     plain,
     shortened,
 )
+from safe_lab.whole_file import whole_file
 
 Panel = TypeVar("Panel", Chart, Map)
 Panels = Sequence[Panel | None]
@@ -308,10 +308,6 @@ def _write(
         files = {page.LIBRARY: script} | files
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        unfinished = path.with_name(f".unfinished-{name}")
-        with unfinished.open("wb") as stream:
+        with whole_file(path.with_name(name)) as stream:
             stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path.with_name(name))
     return [path.with_name(path.name + ".png"), path.with_name(path.name + ".html")]

@@ -1,0 +1,31 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A stream to write a file with, which has its name only once all of it is on the disk.
+
+    Args:
+        path: Of the file; one that is there already stays until then.
+
+    Raises:
+        OSError: It could not be written; with the file's name, which a full disk does not tell by itself.
+    """
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        with unfinished.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise type(error)(error.errno, error.strerror, str(path)) from error
