@@ -294,7 +294,7 @@ def log_to(console: Console, *, rank: int = 0) -> None:
 
 def _with_error(figures: Mapping[str, float], name: str) -> str:
     error = figures.get(f"{name}_standard_error")
-    return _number(figures.get(name)) + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.2g}")
+    return _number(figures.get(name)) + ("" if not error else f" \N{PLUS-MINUS SIGN} {error:.2g}")
 
 
 def _tera(flops: int | None) -> str:

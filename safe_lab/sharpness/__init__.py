@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from safe_lab.sharpness.budget import Budget
     from safe_lab.sharpness.gauge import Gauge, Sample
     from safe_lab.sharpness.measuring import Measured, Plan, measure, summarize
+    from safe_lab.sharpness.output_curvature import OUTPUT_CURVATURES
     from safe_lab.sharpness.space import Space
-    from safe_lab.sharpness.surface import OUTPUT_CURVATURES, Surface, twice_differentiable
+    from safe_lab.sharpness.surface import Surface, twice_differentiable
 
 _HOME = {
     "Budget": "budget",
@@ -34,7 +35,7 @@ _HOME = {
     "measure": "measuring",
     "summarize": "measuring",
     "Space": "space",
-    "OUTPUT_CURVATURES": "surface",
+    "OUTPUT_CURVATURES": "output_curvature",
     "Surface": "surface",
     "twice_differentiable": "surface",
 }

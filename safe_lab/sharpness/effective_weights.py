@@ -10,10 +10,8 @@ Legend: n examples in a batch, T tokens, I inputs and O outputs of a layer, C ou
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,35 +23,12 @@ from safe_lab.sharpness.surface import logits
 
 log = logging.getLogger(__name__)
 
-# Columns S of which S S^T is the Hessian of one example's loss by the outputs: (n, C) -> (columns, n, C).
-Roots = Callable[[Tensor], Tensor]
-
-
-def cross_entropy_roots(outputs_nC: Tensor) -> Tensor:
-    r"""Columns :math:`\sqrt{p_c}\,(e_c - p)`, one for each class: :math:`S S^\top = \mathrm{diag}(p) - p p^\top`."""
-    probabilities_nC = outputs_nC.softmax(-1)
-    identity_CC = torch.eye(outputs_nC.shape[-1]).to(outputs_nC)
-    centred_CnC = identity_CC[:, None, :] - probabilities_nC
-    return probabilities_nC.T[:, :, None].sqrt() * centred_CnC
-
-
-def squared_error_roots(outputs_nC: Tensor) -> Tensor:
-    r"""Columns :math:`\sqrt{2}\, e_c`."""
-    identity_CC = torch.eye(outputs_nC.shape[-1]).to(outputs_nC)
-    return math.sqrt(2) * identity_CC[:, None, :].expand(-1, len(outputs_nC), -1)
-
-
-# By kind of task.
-ROOTS: Mapping[str, Roots] = MappingProxyType(
-    {"classification": cross_entropy_roots, "regression": squared_error_roots}
-)
-
 
 def effective_weight_traces(
     model: nn.Module,
     batches: Sequence[Batch],
     layers: Mapping[str, nn.Module],
-    roots: Roots,
+    roots: Callable[[Tensor], Tensor],
     *,
     outputs: Callable[[nn.Module, Batch], Tensor] = logits,
     processes: Processes = ALONE,
@@ -78,7 +53,7 @@ def effective_weight_traces(
         model: The model, inside :func:`~safe_lab.sharpness.surface.twice_differentiable`.
         batches: Mappings of tensors whose first dimension is the example; the same on all processes.
         layers: Layers by name that compute an affine function of their input (n, T, I) or (n, I).
-        roots: One of :data:`ROOTS`.
+        roots: Of the loss's curvature by the outputs: see :class:`~safe_lab.sharpness.output_curvature.OutputCurvature`.
         outputs: What of the model the loss is a function of (n, C).
         processes: Who computes it together.
 

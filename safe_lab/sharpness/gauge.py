@@ -14,12 +14,13 @@ from torch import nn
 from safe_lab.importance.probe import Batch, LossFunction
 from safe_lab.processes import ALONE, Processes
 from safe_lab.sharpness.budget import Budget
-from safe_lab.sharpness.effective_weights import ROOTS, effective_weight_traces
+from safe_lab.sharpness.effective_weights import effective_weight_traces
 from safe_lab.sharpness.lanczos import Eigenpairs
 from safe_lab.sharpness.measuring import Plan, measure
 from safe_lab.sharpness.norms import unit_norms
+from safe_lab.sharpness.output_curvature import OUTPUT_CURVATURES
 from safe_lab.sharpness.space import Space
-from safe_lab.sharpness.surface import OUTPUT_CURVATURES, Surface, is_widened, twice_differentiable
+from safe_lab.sharpness.surface import Surface, is_widened, twice_differentiable
 from safe_lab.units import Unit
 
 # The sample whose figures stand at the top of the result; others stand below it under their names.
@@ -84,7 +85,7 @@ class Gauge:
             units: Its adapters, frozen ones too.
             samples: Examples by name; :data:`TRAINING` is one of them.
             loss_function: ``loss_function(model, batch)`` gives the mean loss.
-            kind: Of task: a key of :data:`~safe_lab.sharpness.surface.OUTPUT_CURVATURES`.
+            kind: Of task: a key of :data:`~safe_lab.sharpness.output_curvature.OUTPUT_CURVATURES`.
             layers: The adapted layers that compute an affine function, by name.
             head: Weights of the task head, to be part of the space; none: the head stays fixed.
             only: Names of the units that make up the space; None: all.
@@ -218,7 +219,7 @@ class Gauge:
 
     def _effective_weights(self, sample: Sample, processes: Processes) -> dict[str, Any]:
         traces = effective_weight_traces(
-            self._model, sample.batches, self._layers, ROOTS[self._kind], processes=processes
+            self._model, sample.batches, self._layers, OUTPUT_CURVATURES[self._kind].roots, processes=processes
         )
         return {
             "effective_weight_trace": sum(traces.values()) if traces else None,

@@ -16,7 +16,10 @@ from safe_lab.sharpness.estimate import Estimate
 from safe_lab.sharpness.lanczos import Eigenpairs, Krylov, lanczos, top_eigenpairs
 from safe_lab.sharpness.names import MEASURES
 from safe_lab.sharpness.surface import Products, Surface
-from safe_lab.sharpness.trace import estimate_trace
+from safe_lab.sharpness.trace import TraceEstimate, estimate_trace
+
+# Up to so many classes the Gauss-Newton trace is taken exactly. An estimate takes some twenty products, two gradients each.
+MOST_COLUMNS = 20
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,14 @@ class _Taker:
         self.eigenpairs: Eigenpairs | None = None
 
     def trace(self) -> dict[str, Any]:
-        return self._trace("trace", self._surface.hessian_products)
+        return self._trace("trace", self._estimate(self._surface.hessian_products))
 
     def gauss_newton(self) -> dict[str, Any]:
-        return self._trace("gauss_newton_trace", self._surface.gauss_newton_products)
+        if self._surface.count_columns() > MOST_COLUMNS:
+            return self._trace("gauss_newton_trace", self._estimate(self._surface.gauss_newton_products))
+        readings_R1 = self._read(self._surface.gauss_newton_diagonal()[:, None])
+        exact = [Estimate(float(value), 0.0) for value in readings_R1]
+        return self._trace("gauss_newton_trace", TraceEstimate(exact, num_products=0, converged=True))
 
     def spectrum(self) -> dict[str, Any]:
         self._krylov = krylov = lanczos(
@@ -210,23 +217,24 @@ class _Taker:
             }
         }
 
-    def _trace(self, name: str, products: Products) -> dict[str, Any]:
-        squares_D1 = self._position_D.double().square()[:, None]
+    def _read(self, diagonals_Dm: Tensor) -> Tensor:
+        """The trace, that weighted by the squares of the weights, and the share of each unit (R, m)."""
+        total = diagonals_Dm.sum(0, keepdim=True, dtype=torch.float64)
+        adaptive = self._position_D.double().square()[None] @ diagonals_Dm.double()
+        return torch.cat([total, adaptive, self._space.sum_by_group(diagonals_Dm)])
 
-        def read(diagonals_Dm: Tensor) -> Tensor:
-            total = diagonals_Dm.sum(0, keepdim=True, dtype=torch.float64)
-            adaptive = squares_D1.T @ diagonals_Dm.double()
-            return torch.cat([total, adaptive, self._space.sum_by_group(diagonals_Dm)])
-
-        found = estimate_trace(
+    def _estimate(self, products: Products) -> TraceEstimate:
+        return estimate_trace(
             products,
             self._position_D,
-            read,
+            self._read,
             estimator=self._plan.estimator,
             tolerance=self._plan.tolerance,
             generator=self._generator(),
             budget=self._budget,
         )
+
+    def _trace(self, name: str, found: TraceEstimate) -> dict[str, Any]:
         total, adaptive, *by_group = found.readings
         return {
             name: {**asdict(total), "products": found.num_products, "converged": found.converged},

@@ -6,10 +6,9 @@ Legend: D numbers in the vector of weights, K vectors, n examples in a batch, C 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from safe_lab.importance.probe import Batch, LossFunction, count_examples, share_of, undisturbed
 from safe_lab.processes import ALONE, Processes
 from safe_lab.sharding import is_sharded
+from safe_lab.sharpness.output_curvature import OutputCurvature
 from safe_lab.sharpness.space import Space
 
 Products = Callable[[Tensor], Tensor]
@@ -40,24 +40,6 @@ class Cost:
     products: int = 0
     gradients: int = 0
     losses: int = 0
-
-
-def cross_entropy_curvature(outputs_nC: Tensor, directions_nC: Tensor) -> Tensor:
-    r"""Product with the Hessian of one example's cross entropy by its logits, :math:`\mathrm{diag}(p) - p p^\top`; (n, C)."""
-    probabilities = outputs_nC.softmax(-1)
-    return probabilities * (directions_nC - (probabilities * directions_nC).sum(-1, keepdim=True))
-
-
-def squared_error_curvature(outputs_nC: Tensor, directions_nC: Tensor) -> Tensor:
-    """Product with the Hessian of one example's squared error by its output, which is 2; (n, C)."""
-    return 2 * directions_nC
-
-
-OutputCurvature = Callable[[Tensor, Tensor], Tensor]
-# By kind of task.
-OUTPUT_CURVATURES: Mapping[str, OutputCurvature] = MappingProxyType(
-    {"classification": cross_entropy_curvature, "regression": squared_error_curvature}
-)
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -102,7 +84,8 @@ class Surface:
             loss_function: ``loss_function(model, batch)`` gives the mean loss over the batch's examples.
             space: The weights by which it is differentiated.
             outputs: What of the model the loss is a function of, (n, C): for the Gauss-Newton matrix.
-            output_curvature: The loss's own curvature by those: one of :data:`OUTPUT_CURVATURES`.
+            output_curvature: The loss's own curvature by those: one of
+                :data:`~safe_lab.sharpness.output_curvature.OUTPUT_CURVATURES`.
             processes: Who computes it together.
 
         Raises:
@@ -114,6 +97,7 @@ class Surface:
         if not self.num_examples:
             raise ValueError("there are no examples over which to take the loss")
         self._model = model
+        self._first = _example(batches[0], 0)
         self.batches = [share for batch in batches if count_examples(share := share_of(batch, processes))]
         self._loss_function = loss_function
         self._outputs = outputs
@@ -216,9 +200,7 @@ class Surface:
             ValueError: ``output_curvature`` was not given, or an operation has no second derivative.
             FloatingPointError: A product is not finite.
         """
-        curvature = self._output_curvature
-        if curvature is None:
-            raise ValueError("the Gauss-Newton matrix needs output_curvature=, the loss's own curvature by the outputs")
+        curvature = self._needed_curvature()
 
         def of_batch(batch: Batch, parameters: list[nn.Parameter]) -> Products:
             outputs_nC = self._outputs(self._model, batch)
@@ -238,7 +220,7 @@ class Surface:
                     [pulled[i] for i in reached], u_nC, [parts[i] for i in reached], retain_graph=True
                 )
                 with torch.no_grad():
-                    curved_nC = curvature(outputs_nC, pushed_nC) / len(outputs_nC)
+                    curved_nC = curvature.product(outputs_nC, pushed_nC) / len(outputs_nC)
                 return self.space.join(
                     torch.autograd.grad(
                         outputs_nC, parameters, curved_nC, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -248,6 +230,55 @@ class Surface:
             return product
 
         return self._products(of_batch, vectors_DK)
+
+    def gauss_newton_diagonal(self) -> Tensor:
+        r"""Diagonal of the Gauss-Newton matrix (D), exact.
+
+        .. math:: \mathrm{diag}\, G = \frac{1}{N} \sum_x \sum_c (J_x^\top s_{xc})^2
+
+        with :math:`s_{xc}` column c of a root of :math:`H_x`, squared entry by entry. One example at a time, and as many
+        backward passes for it as there are columns (:meth:`count_columns`): for a few classes a small part of what an estimate
+        from products takes.
+
+        Raises:
+            ValueError: ``output_curvature`` was not given.
+            FloatingPointError: It is not finite.
+        """
+        curvature = self._needed_curvature()
+        self.cost.gradients += self.count_columns()
+        total_D = self._zeros(1).squeeze(1).double()
+        with self._differentiable() as parameters:
+            for batch in self.batches:
+                for i in range(count_examples(batch)):
+                    outputs_1C = self._outputs(self._model, _example(batch, i))
+                    for column_1C in curvature.roots(outputs_1C.detach()):
+                        gradients = torch.autograd.grad(
+                            outputs_1C,
+                            parameters,
+                            column_1C,
+                            retain_graph=True,
+                            allow_unused=True,
+                            materialize_grads=True,
+                        )
+                        total_D += self.space.join(gradients).double().square()
+        total_D = self._sum(total_D) / self.num_examples
+        if not total_D.isfinite().all():
+            raise FloatingPointError("the diagonal of the Gauss-Newton matrix is not finite")
+        return total_D
+
+    def count_columns(self) -> int:
+        """Columns of a root of the loss's curvature by the outputs: for classification the classes.
+
+        Raises:
+            ValueError: ``output_curvature`` was not given.
+        """
+        with torch.no_grad():
+            return len(self._needed_curvature().roots(self._outputs(self._model, self._first)))
+
+    def _needed_curvature(self) -> OutputCurvature:
+        if self._output_curvature is None:
+            raise ValueError("the Gauss-Newton matrix needs output_curvature=, the loss's own curvature by the outputs")
+        return self._output_curvature
 
     def _products(self, of_batch: Callable[[Batch, list[nn.Parameter]], Products], vectors_DK: Tensor) -> Tensor:
         vectors_DK = vectors_DK.to(self.space.device, self.space.dtype)
@@ -323,6 +354,10 @@ class Surface:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         return loss
+
+
+def _example(batch: Batch, i: int) -> Batch:
+    return {name: tensor[i : i + 1] for name, tensor in batch.items()}
 
 
 @contextmanager

@@ -12,18 +12,9 @@ from torch import nn
 from safe_lab.adapters import affine_layers
 from safe_lab.importance.probe import count_examples
 from safe_lab.processes import ALONE
-from safe_lab.sharpness.effective_weights import (
-    ROOTS,
-    cross_entropy_roots,
-    effective_weight_traces,
-    squared_error_roots,
-)
-from safe_lab.sharpness.surface import (
-    cross_entropy_curvature,
-    logits,
-    squared_error_curvature,
-    twice_differentiable,
-)
+from safe_lab.sharpness.effective_weights import effective_weight_traces
+from safe_lab.sharpness.output_curvature import OUTPUT_CURVATURES, squared_error_roots
+from safe_lab.sharpness.surface import logits, twice_differentiable
 
 
 def traces(problem, *, model=None, layers=None, processes=ALONE):
@@ -33,7 +24,7 @@ def traces(problem, *, model=None, layers=None, processes=ALONE):
             model,
             problem.batches,
             affine_layers(model) if layers is None else layers,
-            ROOTS[problem.kind],
+            OUTPUT_CURVATURES[problem.kind].roots,
             outputs=problem.outputs,
             processes=processes,
         )
@@ -87,18 +78,6 @@ def test_worked_value():
         model, [batch], {"w": model}, squared_error_roots, outputs=lambda model, batch: model(batch["x"])
     )
     assert found == {"w": pytest.approx(14)}
-
-
-@pytest.mark.parametrize(
-    ("roots", "curvature"),
-    [(cross_entropy_roots, cross_entropy_curvature), (squared_error_roots, squared_error_curvature)],
-    ids=["cross entropy", "squared error"],
-)
-def test_roots_are_those_of_the_losss_curvature(roots, curvature):
-    outputs_nC = torch.randn(5, 4, generator=seeded(), dtype=F64)
-    S_nCK = roots(outputs_nC).permute(1, 2, 0)
-    columns = [curvature(outputs_nC, torch.eye(4, dtype=F64)[c].expand(5, 4)) for c in range(4)]
-    torch.testing.assert_close(S_nCK @ S_nCK.mT, torch.stack(columns, 2))
 
 
 # What leaves the function as it is

@@ -16,7 +16,7 @@ from problems import F64, dense_hessian, mlp, seeded, transformer
 from tiny import tiny_batch
 
 from safe_lab.adapters import affine_layers
-from safe_lab.sharpness import ESTIMATORS, MEASURES
+from safe_lab.sharpness import ESTIMATORS, MEASURES, measuring
 from safe_lab.sharpness.ball import average_sharpness, ball_sharpness
 from safe_lab.sharpness.budget import Budget
 from safe_lab.sharpness.gauge import HEAD, TRAINING, Gauge, Sample
@@ -189,13 +189,35 @@ def test_traces_of_bert_are_within_three_standard_errors_of_the_dense_ones(bert,
     assert not figures["trace"]["converged"]
 
 
+@pytest.fixture
+def most_columns(request, monkeypatch):
+    monkeypatch.setattr(measuring, "MOST_COLUMNS", request.param)
+
+
+exact_or_estimated = pytest.mark.parametrize("most_columns", [0, 20], indirect=True, ids=["estimated", "exact"])
+
+
+@pytest.mark.usefixtures("most_columns")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("kind", ["trace", "gauss_newton_trace"])
+@exact_or_estimated
 def test_units_add_up_to_the_trace(bert, kind, estimator):
     figures = take(bert, kind.removesuffix("_trace"), plan=replace(FINE, estimator=estimator, budget_products=16))
     units = figures[f"{kind}_by_unit"]
     assert list(units) == [unit.name for unit in bert.units]
     assert sum(unit["value"] for unit in units.values()) == pytest.approx(figures[kind]["value"], rel=1e-10)
+
+
+def test_gauss_newton_trace_is_exact_where_there_are_few_classes(small):
+    G = small.products(torch.eye(small.space.num_dimensions, dtype=F64), gauss_newton=True)
+    figures = figures_of_small(small, measures=("gauss_newton",)).figures
+    assert figures["gauss_newton_trace"] == {
+        "value": pytest.approx(float(G.trace()), rel=1e-12),
+        "standard_error": 0,
+        "products": 0,
+        "converged": True,
+    }
+    assert figures["cost"]["products"] == 0
 
 
 def figures_of_small(small, **changes):
@@ -205,8 +227,10 @@ def figures_of_small(small, **changes):
         return measure(surface, replace(FINE, **changes), budget=Budget(surface.cost, products=5000))
 
 
+@pytest.mark.usefixtures("most_columns")
 # XTrace comes to be exact with so few weights; Hutchinson goes on as the root of the products.
 @pytest.mark.parametrize(("estimator", "tolerance"), [("xtrace", 1e-6), ("hutchinson", 0.05)])
+@exact_or_estimated
 def test_all_figures_of_a_small_network_are_those_of_the_dense_hessian(small, estimator, tolerance):
     H = dense_hessian(small)
     G = small.products(torch.eye(len(H), dtype=F64), gauss_newton=True)

@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from safe_lab.adapters import base_weights
 from safe_lab.model import loss_function
 from safe_lab.sharding import shard
+from safe_lab.sharpness.output_curvature import OUTPUT_CURVATURES, cross_entropy_product
 from safe_lab.sharpness.space import Space
-from safe_lab.sharpness.surface import Cost, Surface, cross_entropy_curvature, twice_differentiable
+from safe_lab.sharpness.surface import Cost, Surface, twice_differentiable
 
 
 def identity(problem):
@@ -123,8 +124,24 @@ def test_matrices_are_those_of_curvlinops(small, matrix):
 def test_curvature_of_cross_entropy_is_torchs_own():
     outputs_C, direction_C = torch.randn(2, 4, dtype=F64, generator=seeded())
     H_CC = torch.autograd.functional.hessian(lambda f: nn.functional.cross_entropy(f, torch.tensor(1)), outputs_C)
-    product_1C = cross_entropy_curvature(outputs_C[None], direction_C[None])
+    product_1C = cross_entropy_product(outputs_C[None], direction_C[None])
     torch.testing.assert_close(product_1C[0], H_CC @ direction_C)
+
+
+@pytest.mark.parametrize("kind", OUTPUT_CURVATURES)
+def test_roots_are_those_of_the_losss_curvature(kind):
+    curvature = OUTPUT_CURVATURES[kind]
+    outputs_nC = torch.randn(5, 4, generator=seeded(), dtype=F64)
+    S_nCK = curvature.roots(outputs_nC).permute(1, 2, 0)
+    columns = [curvature.product(outputs_nC, torch.eye(4, dtype=F64)[c].expand(5, 4)) for c in range(4)]
+    torch.testing.assert_close(S_nCK @ S_nCK.mT, torch.stack(columns, 2))
+
+
+def test_gauss_newton_diagonal_is_that_of_the_products(small):
+    surface = small.surface()
+    diagonal = surface.gauss_newton_diagonal()
+    assert surface.cost == Cost(gradients=3)
+    torch.testing.assert_close(diagonal, small.products(identity(small), gauss_newton=True).diagonal())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -400,6 +417,8 @@ def test_adapters_that_are_switched_off_are_told(bert):
 def test_gauss_newton_needs_the_losss_own_curvature():
     with pytest.raises(ValueError, match="output_curvature="):
         one_weight(lambda theta: theta.sum()).gauss_newton_products(torch.eye(2))
+    with pytest.raises(ValueError, match="output_curvature="):
+        one_weight(lambda theta: theta.sum()).gauss_newton_diagonal()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -436,6 +455,7 @@ def test_processes_together_find_what_one_does(sizes):
                 surface.gradient(),
                 surface.hessian_products(vectors(problem)),
                 surface.gauss_newton_products(vectors(problem)),
+                surface.gauss_newton_diagonal(),
             )
 
     first, second = in_processes(look)
@@ -447,5 +467,6 @@ def test_processes_together_find_what_one_does(sizes):
             (first[1], surface.gradient()),
             (first[2], surface.hessian_products(vectors(problem))),
             (first[3], surface.gauss_newton_products(vectors(problem))),
+            (first[4], surface.gauss_newton_diagonal()),
         ):
             torch.testing.assert_close(ours, alone, rtol=1e-10, atol=1e-12)
