@@ -207,7 +207,7 @@ def build(
             processes=processes,
             whole=savings.undone,
         )
-        check_gauge(gauge, config.sharpness)
+        check_gauge(gauge, config.sharpness, training=True)
         if gauge.widens:
             replicas.wrap()
 

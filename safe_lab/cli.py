@@ -287,9 +287,9 @@ def sharpness(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--between",
         action="store_true",
-        help="also the losses on the line between two runs, or the plane through three",
+        help="take the losses on the line between two runs, or the plane through three, and nothing of each by itself",
     )
-    parser.add_argument("--output", metavar="DIR", help="folder for pictures of several runs together")
+    parser.add_argument("--output", metavar="DIR", help="folder for what is of several runs together")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, to standard output")
     chosen = parser.parse_intermixed_args(arguments)
 
@@ -311,18 +311,14 @@ def sharpness(arguments: Sequence[str]) -> int:
     from safe_lab.memory import is_out_of_memory
     from safe_lab.processes import end_job, is_connection_lost
     from safe_lab.run_folder import to_json
-    from safe_lab.saved import measure_runs
+    from safe_lab.saved import measure_between, measure_runs
 
     console = Console(quiet=launch.rank() > 0)
     log_to(console, rank=launch.rank())
     try:
-        figures = measure_runs(
-            paths,
-            overrides,
-            between=chosen.between,
-            output=None if chosen.output is None else Path(chosen.output),
-            console=console,
-        )
+        measure = measure_between if chosen.between else measure_runs
+        output = None if chosen.output is None else Path(chosen.output)
+        figures = measure(paths, overrides, output=output, console=console)
     except ConfigError as error:
         return _refuse(error)
     except FloatingPointError as error:
@@ -346,8 +342,8 @@ def sharpness(arguments: Sequence[str]) -> int:
     if launch.rank() == 0:
         if chosen.json:
             print(to_json(next(iter(figures.values())) if len(figures) == 1 else figures))
-        else:
-            console.show_sharpness({name: found for name, found in figures.items() if name != "between"})
+        elif not chosen.between:
+            console.show_sharpness(figures)
     return 0
 
 

@@ -174,9 +174,12 @@ class Console:
         for run, sample in columns:
             table.add_column(escape(f"{run} {sample}".strip()), justify="right")
         for name in dict.fromkeys(name for values in columns.values() for name in values):
-            if not name.endswith("_standard_error"):
-                table.add_row(name.replace("_", " "), *(_with_error(values, name) for values in columns.values()))
+            if not name.endswith(("_standard_error", "_converged")):
+                mark = " *" if "adaptive" in name or name == "effective_weight_trace" else ""
+                label = name.replace("_", " ") + mark
+                table.add_row(label, *(_with_error(values, name) for values in columns.values()))
         self.rich.print(table)
+        self.say("* does not change with LoRA's rescaling B -> cB, A -> A/c  ! not within sharpness.tolerance")
         for run, figures in runs.items():
             left_out = [*figures["left_out"], *figures.get(VALIDATION, {}).get("left_out", ())]
             if left_out:
@@ -254,7 +257,7 @@ class Console:
 
 def describe_sharpness(figures: Mapping[str, float]) -> str:
     """Its single numbers in one line, those with an error with that."""
-    names = (name for name in figures if not name.endswith("_standard_error"))
+    names = (name for name in figures if not name.endswith(("_standard_error", "_converged")))
     return ", ".join(f"{name.replace('_', ' ')} {_with_error(figures, name)}" for name in names)
 
 
@@ -294,7 +297,8 @@ def log_to(console: Console, *, rank: int = 0) -> None:
 
 def _with_error(figures: Mapping[str, float], name: str) -> str:
     error = figures.get(f"{name}_standard_error")
-    return _number(figures.get(name)) + ("" if not error else f" \N{PLUS-MINUS SIGN} {error:.2g}")
+    mark = "" if figures.get(f"{name}_converged", True) else " !"
+    return _number(figures.get(name)) + ("" if not error else f" \N{PLUS-MINUS SIGN} {error:.2g}") + mark
 
 
 def _tera(flops: int | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +20,7 @@ from safe_lab.adapters import affine_layers
 from safe_lab.config import SharpnessSection
 from safe_lab.data import Collator, Data
 from safe_lab.data.loaders import hash_rows
+from safe_lab.memory import is_out_of_memory
 from safe_lab.model import loss_function
 from safe_lab.processes import ALONE, Processes
 from safe_lab.run_folder import RunFolder, to_json
@@ -105,14 +106,30 @@ def plans_at_end(section: SharpnessSection) -> dict[str, Plan]:
     return plans
 
 
-def check(gauge: Gauge, section: SharpnessSection) -> None:
-    """Try what the section measures on one example.
+def check(gauge: Gauge, section: SharpnessSection, *, training: bool) -> None:
+    """Try what will be measured on one example.
+
+    Args:
+        gauge: Of the model.
+        section: The ``sharpness`` section.
+        training: Whether that is in training and, where the section says so, at its end; else now, of a trained model.
 
     Raises:
         ValueError: The model cannot be differentiated twice.
         FloatingPointError: A loss or a product is not finite.
     """
-    gauge.check([*section.measures, *section.validation_measures, *section.every_measures])
+    measures = list(section.every_measures) if training and section.every != "never" else []
+    if not training or section.when == "end":
+        measures += [name for plan in plans_at_end(section).values() for name in plan.measures]
+    gauge.check(measures)
+
+
+def costs_figures_alone(error: Exception, processes: Processes) -> bool:
+    """Whether what went wrong with a measurement is no reason to end a run.
+
+    It is one if memory has run out in one process of several, since the others wait for it.
+    """
+    return isinstance(error, ValueError | FloatingPointError) or (is_out_of_memory(error) and processes.count == 1)
 
 
 def measure_during_training(gauge: Gauge, section: SharpnessSection, wrap_anew: Callable[[], None]) -> dict[str, float]:
@@ -128,8 +145,9 @@ def measure_during_training(gauge: Gauge, section: SharpnessSection, wrap_anew: 
     """
     try:
         return summarize(gauge.take({TRAINING: _plan(section, section.every_measures)}).figures)
-    except (ValueError, FloatingPointError) as error:
-        # On all processes alike; what a training is measured with must not end it.
+    except (ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
+        if not costs_figures_alone(error, gauge.processes):
+            raise
         log.warning("the sharpness was not measured: %s; training goes on", error)
         return {}
     finally:
@@ -177,15 +195,28 @@ class Findings:
     eigenpairs: dict[str, Eigenpairs]
 
 
-def take(gauge: Gauge, section: SharpnessSection) -> Findings:
+def take(gauge: Gauge, section: SharpnessSection, result: Mapping[str, Any]) -> Findings:
     """Measure a trained model as the section says: figures, then slices.
+
+    Args:
+        gauge: Of the model.
+        section: The ``sharpness`` section.
+        result: Of the run, result.json.
 
     Raises:
         ValueError: The model cannot be differentiated twice.
         FloatingPointError: A loss or a product is not finite.
     """
+    step = result.get("selected_step")
+    frozen_after = [unit for unit in result.get("adapters", ()) if (unit["frozen_at_step"] or 0) >= (step or math.inf)]
+    if frozen_after:
+        log.warning(
+            "what is measured are the weights of step %d of %d, the best by evaluation, on which %d units that froze then or "
+            "later had no effect; training.select: last keeps those at the end",
+            *(step, result["steps"], len(frozen_after)),
+        )
     reading = gauge.take(plans_at_end(section))
-    figures = reading.figures | {"settings": section.model_dump(mode="json")}
+    figures = {"step": step, **reading.figures, "settings": section.model_dump(mode="json")}
     slices: dict[str, list[Slice1D] | Slice2D] = {}
     if section.landscape:
         began = time.perf_counter()
@@ -195,7 +226,9 @@ def take(gauge: Gauge, section: SharpnessSection) -> Findings:
 
 
 def write(findings: Findings, folder: RunFolder, name: str) -> list[Path]:
-    """Write figures into result.json, data and pictures into the folder ``sharpness`` beside it, each file whole or not at all.
+    """Write figures into result.json, then data and pictures into the folder ``sharpness``, each file whole or not at all.
+
+    It warns of what of the latter could not be written or drawn, and of figures of an earlier measurement that are replaced.
 
     Args:
         findings: Of this run.
@@ -203,29 +236,36 @@ def write(findings: Findings, folder: RunFolder, name: str) -> list[Path]:
         name: Of the run, for titles.
 
     Returns:
-        The pictures, PNG; none where the libraries that draw them are not installed.
+        The pictures, PNG.
+
+    Raises:
+        OSError: result.json could not be written.
     """
     result = folder.result
     assert result is not None
-    place = folder.path / "sharpness"
-    # What an earlier measurement has left would not belong to these figures.
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    data = RunFolder(place)
-    if findings.eigenpairs:
-        vectors = {sample: pairs.vectors.contiguous().cpu() for sample, pairs in findings.eigenpairs.items()}
-        with whole_file(place / "eigenvectors.safetensors") as stream:
-            stream.write(save(vectors))
-    if findings.slices:
-        data.write("landscape.json", to_json({kind: _plain(slices) for kind, slices in findings.slices.items()}))
+    lost = sorted((result.get("sharpness") or {}).keys() - findings.figures.keys() - {"landscape_cost"})
+    if lost:
+        log.warning("%s: measured anew without what an earlier measurement had: %s", folder.path, ", ".join(lost))
     folder.write(
         "result.json",
         json.dumps(json.loads(to_json(result | {"sharpness": findings.figures})), indent=1, ensure_ascii=False),
     )
+    place = folder.path / "sharpness"
     try:
+        place.mkdir(exist_ok=True)
+        # What an earlier measurement has left would not belong to these figures.
+        for path in place.iterdir():
+            path.unlink()
+        if findings.eigenpairs:
+            vectors = {sample: pairs.vectors.contiguous().cpu() for sample, pairs in findings.eigenpairs.items()}
+            with whole_file(place / "eigenvectors.safetensors") as stream:
+                stream.write(save(vectors))
+        if findings.slices:
+            slices = {kind: _plain(slices) for kind, slices in findings.slices.items()}
+            RunFolder(place).write("landscape.json", to_json(slices))
         return draw({name: findings}, place)
-    except ValueError as error:
-        log.warning("no pictures were drawn: %s", error)
+    except (ValueError, OSError) as error:
+        log.warning("the figures are in result.json, and not all of %s was written: %s", place, error)
         return []
 
 
@@ -245,7 +285,10 @@ def draw(runs: Mapping[str, Findings], place: Path) -> list[Path]:
     from safe_lab.sharpness import plots
 
     drawn: list[Path] = []
-    spectra = {name: _spectrum(found.figures) for name, found in runs.items() if "spectrum" in found.figures}
+    with_spectrum = {name: found.figures for name, found in runs.items() if "spectrum" in found.figures}
+    # Smoothed alike, as a peak's height depends on that.
+    widest = max((_span(figures) for figures in with_spectrum.values()), default=0.0)
+    spectra = {name: _spectrum(figures, widest) for name, figures in with_spectrum.items()}
     if spectra:
         drawn += plots.draw_spectra(spectra, place / "spectrum", title="spectrum of the Hessian")
     for kind, what in LANDSCAPES.items():
@@ -262,12 +305,17 @@ def draw(runs: Mapping[str, Findings], place: Path) -> list[Path]:
     return [path for path in drawn if path.suffix == ".png"]
 
 
-def _spectrum(figures: Mapping[str, Any]) -> Any:
+def _span(figures: Mapping[str, Any]) -> float:
+    return float(figures["spectrum"]["largest"] - figures["spectrum"]["smallest"])
+
+
+def _spectrum(figures: Mapping[str, Any], widest: float) -> Any:
     from safe_lab.sharpness.lanczos import density
     from safe_lab.sharpness.plots import Spectrum
 
     found = figures["spectrum"]
-    grid, values = density(list(zip(found["nodes"], found["weights"], strict=True)))
+    nodes = list(zip(found["nodes"], found["weights"], strict=True))
+    grid, values = density(nodes, width=0.01 * widest / (_span(figures) or 1.0))
     return Spectrum(grid, values, figures.get("top_eigenvalues", ()))
 
 

@@ -21,9 +21,8 @@ from safe_lab.console import Console
 from safe_lab.data.loaders import hash_rows
 from safe_lab.environment import describe_environment
 from safe_lab.export import export
-from safe_lab.gauging import summarize_all, take, write
+from safe_lab.gauging import costs_figures_alone, summarize_all, take, write
 from safe_lab.job import build_accelerator
-from safe_lab.memory import is_out_of_memory
 from safe_lab.policy import POLICIES
 from safe_lab.processes import Processes, is_connection_lost
 from safe_lab.resources import TRAINING, combine, spread
@@ -34,9 +33,6 @@ from safe_lab.sharding import is_sharded
 from safe_lab.tracking import RESOURCES
 
 log = logging.getLogger(__name__)
-
-# What may go wrong with a measurement, beside a lack of memory.
-_OF_MEASURING = (ValueError, FloatingPointError, OSError)
 
 
 def run(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Result:
@@ -131,24 +127,30 @@ def _train(config: Config, folder: RunFolder, parts: Parts, console: Console) ->
         )
     if parts.gauge is not None and config.sharpness.when == "end":
         # Only now: whatever comes of it, the run has ended well.
-        try:
-            findings = take(parts.gauge, config.sharpness)
-            result = replace(result, sharpness=parts.processes.broadcast(findings.figures))
-            if parts.processes.is_main:
-                pictures = write(findings, folder, f"{config.name}/{config.variant}/seed-{config.seed}")
-                parts.tracking.summarize_sharpness(summarize_all(findings.figures), pictures)
-        except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
-            # Memory may have run out in one process alone, for which the others would wait.
-            is_expected = isinstance(error, _OF_MEASURING) or (is_out_of_memory(error) and parts.processes.count == 1)
-            if is_connection_lost(error) or not is_expected:
-                raise
-            log.warning(
-                "the run has ended well, and its sharpness was not measured: %s; safe-lab sharpness %s does it later",
-                error,
-                folder.path,
-            )
+        result = _measure_sharpness(config, folder, parts, result)
     console.summarize(asdict(result), folder.path)
     return result
+
+
+def _measure_sharpness(config: Config, folder: RunFolder, parts: Parts, result: Result) -> Result:
+    """The result with figures of the trained model, as they stand in the folder; without, and a warning, if it could not be."""
+    assert parts.gauge is not None
+    try:
+        findings = take(parts.gauge, config.sharpness, asdict(result))
+        measured = replace(result, sharpness=parts.processes.broadcast(findings.figures))
+        if parts.processes.is_main:
+            pictures = write(findings, folder, f"{config.name}/{config.variant}/seed-{config.seed}")
+            parts.tracking.summarize_sharpness(summarize_all(findings.figures), pictures)
+    except (ValueError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+        if is_connection_lost(error) or not (isinstance(error, OSError) or costs_figures_alone(error, parts.processes)):
+            raise
+        log.warning(
+            "the run has ended well, and its sharpness was not measured: %s; safe-lab sharpness %s does it later",
+            error,
+            folder.path,
+        )
+        return result
+    return measured
 
 
 def _conclude(

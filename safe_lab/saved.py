@@ -85,9 +85,6 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: result.json is damaged ({error})") from None
     tree = configuration.load(path / "config.yaml").model_dump(mode="json")
     dotted = [text if text.startswith("sharpness.") else f"sharpness.{text}" for text in overrides]
-    for text in dotted:
-        if text.startswith(("sharpness.when=", "sharpness.every=")):
-            log.warning("%s has no effect here: it is for safe-lab train", text)
     faults = override_all(tree, dotted)
     if faults:
         raise ConfigError("\n".join(faults))
@@ -122,9 +119,11 @@ def load_run(path: Path, overrides: Sequence[str], device: torch.device, process
         gauge = build_gauge(
             config.sharpness, model, units, data, tokenizer, device=device, head=head, processes=processes
         )
-        check(gauge, config.sharpness)
+        check(gauge, config.sharpness, training=False)
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{path}: {error}") from error
     name = f"{config.name}/{config.variant}/seed-{config.seed}"
     return SavedRun(name, folder, config, model, units, head, gauge, attached.base_fingerprint)
 
@@ -133,7 +132,6 @@ def measure_runs(
     paths: Sequence[Path],
     overrides: Sequence[str] = (),
     *,
-    between: bool = False,
     output: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -144,35 +142,20 @@ def measure_runs(
     Args:
         paths: Run folders.
         overrides: Of the ``sharpness`` section of each.
-        between: Also take the losses on the line between two runs, or on the plane through three.
         output: Where pictures of several runs together go; None: the folder ``sharpness`` in that which they have in common.
         console: What the person sees; None: nothing.
 
     Returns:
-        ``sharpness`` of each run's result.json, by the run's name (or, of a second one of that name, its folder); what was
-        found between them under that word.
+        ``sharpness`` of each run's result.json, by the run's name (or, of a second one of that name, its folder).
 
     Raises:
-        ConfigError: A folder that cannot be used, or runs that cannot be compared.
+        ConfigError: A folder that cannot be used.
         FloatingPointError: A loss or a product is not finite.
     """
     console = console or Console(quiet=True)
     paths = list(dict.fromkeys(path.resolve() for path in paths))
-    if between and len(paths) not in (2, 3):
-        raise ConfigError(f"there is a line between two runs and a plane through three, got {len(paths)}")
-    # All of them before the first is measured.
-    configs = [read_config(path, overrides) for path in paths]
-    launch.check()
-    try:
-        accelerator = build_accelerator(configs[0].training)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    processes = Processes.of_job(accelerator.device)
-    together = output or _folder_of(paths) / "sharpness"
+    device, processes = _begin(paths, overrides)
     found: dict[str, Findings] = {}
-    positions: dict[str, Tensor] = {}
-    # Kept, with its model, for what lies between the runs.
-    first: SavedRun | None = None
     with ExitStack() as held:
         refusal = None
         if processes.is_main:
@@ -185,12 +168,10 @@ def measure_runs(
         if refusal is not None:
             raise refusal
         for path in paths:
-            run = load_run(path, overrides, accelerator.device, processes)
-            if first is not None and between:
-                _check_alike(first, run)
+            run = load_run(path, overrides, device, processes)
             console.say(f"{run.name}: measuring")
             try:
-                findings = take(run.gauge, run.config.sharpness)
+                findings = take(run.gauge, run.config.sharpness, run.folder.result or {})
             except ValueError as error:
                 raise ConfigError(f"{path}: {error}") from error
             except FloatingPointError as error:
@@ -198,54 +179,121 @@ def measure_runs(
             if processes.is_main:
                 pictures = write(findings, run.folder, run.name)
                 console.say(f"{run.name}: written to {path / 'result.json'}" + _list(pictures))
-            name = run.name if run.name not in found else str(path)
-            found[name] = findings
-            positions[name] = run.space.position().cpu()
-            first = first or run
-        figures = {name: findings.figures for name, findings in found.items()}
-        if between and first is not None:
-            if len({findings.figures["fingerprint"] for findings in found.values()}) > 1:
-                log.warning("the runs have trained on other rows: losses between them are over those of %s", first.name)
-            figures["between"] = _measure_between(first, positions, together, processes, console)
+            found[run.name if run.name not in found else str(path)] = findings
     if len(found) > 1 and processes.is_main:
+        together = output or _folder_of(paths) / "sharpness"
         try:
             console.say(f"together: {together}" + _list(draw(found, together)))
         except ValueError as error:
             log.warning("no pictures were drawn: %s", error)
-    return figures
+    return {name: findings.figures for name, findings in found.items()}
 
 
-def _measure_between(
-    run: SavedRun, positions: Mapping[str, Tensor], place: Path, processes: Processes, console: Console
+def measure_between(
+    paths: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    output: Path | None = None,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    from safe_lab.sharpness import plots
+    """Take the losses on the line between two finished runs, or on the plane through three, and draw them.
 
+    Adapters and head move together, and the losses are over the samples of the first run. Nothing in the run folders changes.
+
+    Args:
+        paths: Run folders.
+        overrides: Of the ``sharpness`` section.
+        output: Where data and pictures go; None: the folder ``sharpness`` in that which the runs have in common.
+        console: What the person sees; None: nothing.
+
+    Returns:
+        What between.json holds: a :class:`~safe_lab.sharpness.landscape.Slice1D` or ``Slice2D`` as plain values.
+
+    Raises:
+        ConfigError: A folder that cannot be used, or runs that cannot be compared.
+        FloatingPointError: The loss of a run is not finite.
+    """
+    console = console or Console(quiet=True)
+    paths = [path.resolve() for path in paths]
+    if len(set(paths)) < len(paths):
+        raise ConfigError("a run was named twice")
+    if len(paths) not in (2, 3):
+        raise ConfigError(f"there is a line between two runs and a plane through three, got {len(paths)}")
+    device, processes = _begin(paths, overrides)
+    configs = [read_config(path, overrides) for path in paths]
+    for path, config in zip(paths, configs, strict=True):
+        for section in ("data", "adapter", "model"):
+            if getattr(config, section) != getattr(configs[0], section):
+                raise ConfigError(
+                    f"{path}: has another {section} section than {paths[0]}: there is no line between them"
+                )
+    positions: dict[str, Tensor] = {}
+    first: SavedRun | None = None
+    for path in paths:
+        run = load_run(path, overrides, device, processes)
+        positions[run.name if run.name not in positions else str(path)] = run.space.position()
+        if first is None:
+            first = run
+        elif run.base_fingerprint != first.base_fingerprint:
+            raise ConfigError(f"{path}: has other base weights than {paths[0]}: there is no line between them")
+        elif run.gauge.fingerprint != first.gauge.fingerprint:
+            log.warning(
+                "%s has trained on other rows: losses between the runs are over those of %s", run.name, first.name
+            )
+    assert first is not None
+    console.say(f"{', '.join(positions)}: measuring between them")
+    found = _take_between(first, positions, processes)
+    if processes.is_main:
+        _draw_between(found, output or _folder_of(paths) / "sharpness", console)
+    return asdict(found)
+
+
+def _begin(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[torch.device, Processes]:
+    """See that all of the folders can be read, before the first is measured; and with whom."""
+    for text in overrides:
+        if text.removeprefix("sharpness.").split("=")[0] in ("when", "every", "every_measures"):
+            log.warning("%s has no effect here: it is for safe-lab train", text)
+    configs = [read_config(path, overrides) for path in paths]
+    launch.check()
+    try:
+        accelerator = build_accelerator(configs[0].training)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return accelerator.device, Processes.of_job(accelerator.device)
+
+
+def _take_between(run: SavedRun, positions: Mapping[str, Tensor], processes: Processes) -> Slice1D | Slice2D:
     section = run.config.sharpness
     with run.gauge.surfaces(run.space) as surfaces:
-        first = next(iter(surfaces.values()))
-        budget = Budget(first.cost, seconds=section.budget_seconds, processes=processes)
-        runs = {name: position_D.to(first.space.device) for name, position_D in positions.items()}
-        found: Slice1D | Slice2D
+        budget = Budget(next(iter(surfaces.values())).cost, seconds=section.budget_seconds, processes=processes)
         try:
-            if len(runs) == 2:
-                found = measure_line(surfaces, runs, budget=budget)
-            else:
-                found = measure_plane(surfaces, runs, num_points=section.landscape_points, budget=budget)
+            if len(positions) == 2:
+                return measure_line(surfaces, positions, budget=budget)
+            return measure_plane(surfaces, positions, num_points=section.landscape_points, budget=budget)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    if processes.is_main:
-        place.mkdir(parents=True, exist_ok=True)
-        RunFolder(place).write("between.json", to_json(asdict(found)))
-        try:
-            pictures = (
-                plots.draw_lines([found], place / "line", title="between runs")
-                if isinstance(found, Slice1D)
-                else plots.draw_plane(found, place / "plane", title="between runs")
-            )
-            console.say(f"between the runs: {place}" + _list(pictures))
-        except ValueError as error:
-            log.warning("no pictures were drawn: %s", error)
-    return asdict(found)
+
+
+def _draw_between(found: Slice1D | Slice2D, place: Path, console: Console) -> None:
+    from safe_lab.sharpness import plots
+
+    place.mkdir(parents=True, exist_ok=True)
+    RunFolder(place).write("between.json", to_json(asdict(found)))
+    lines = [found] if isinstance(found, Slice1D) else found.sides
+    for line in lines:
+        heights = (f"{sample} {plots.format_number(height)}" for sample, height in line.barriers.items())
+        console.say(f"{line.name}: barrier {', '.join(heights)}")
+    if not all(line.complete for line in lines) or (isinstance(found, Slice2D) and found.stride != 1):
+        log.warning("sharpness.budget_seconds ended before all losses between the runs were taken")
+    try:
+        pictures = (
+            plots.draw_lines([found], place / "line", title="between runs")
+            if isinstance(found, Slice1D)
+            else plots.draw_plane(found, place / "plane", title="between runs")
+        )
+        console.say(f"between the runs: {place}" + _list(pictures))
+    except ValueError as error:
+        log.warning("no pictures were drawn: %s", error)
 
 
 def _check_unchanged(before: Mapping[str, str], attached: Attached, data: Data) -> None:
@@ -256,14 +304,6 @@ def _check_unchanged(before: Mapping[str, str], attached: Attached, data: Data) 
     for split, rows in {"training": data.train, **data.validation}.items():
         if split in before and before[split] != hash_rows(rows):
             log.warning("the %s split does not hold what it held when the run was trained", split)
-
-
-def _check_alike(one: SavedRun, other: SavedRun) -> None:
-    """Whether two runs can stand in one model."""
-    if one.base_fingerprint != other.base_fingerprint:
-        raise ConfigError(f"{one.name} and {other.name} have other base weights: there is no line between them")
-    if one.config.data != other.config.data or one.config.adapter != other.config.adapter:
-        raise ConfigError(f"{one.name} and {other.name} have other data or adapters: there is no line between them")
 
 
 def _folder_of(paths: Sequence[Path]) -> Path:

@@ -15,7 +15,7 @@ from tiny import FAMILIES, save_tiny_model
 from safe_lab.cli import main
 from safe_lab.run import run
 from safe_lab.run_folder import hold
-from safe_lab.saved import load_run, measure_runs
+from safe_lab.saved import load_run, measure_between, measure_runs
 from safe_lab.section import ConfigError
 
 SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
@@ -117,10 +117,13 @@ def test_between_two_runs_there_is_a_line_and_between_three_a_plane(tiny_tree, t
         run(config)
         folders.append(config.run_folder)
     quick = [*SETTINGS, "measures=[trace,spectrum]", "landscape_points=5"]
-    two = measure_runs(folders[:2], quick, between=True, output=tmp_path / "two")["between"]
+    measure_runs(folders[:1], quick)
+    before = (folders[0] / "result.json").read_text()
+    two = measure_between(folders[:2], quick, output=tmp_path / "two")
     assert two["marks"] == {"tiny/default/seed-0": 0.0, "tiny/default/seed-1": 1.0}
     assert min(two["barriers"].values()) >= 0
-    three = measure_runs(folders, quick, between=True, output=tmp_path / "three")["between"]
+    three = measure_between(folders, quick, output=tmp_path / "three")
+    assert (folders[0] / "result.json").read_text() == before
     assert len(three["sides"]) == 3
     assert json.loads((tmp_path / "three" / "between.json").read_text()) == three
     assert (tmp_path / "two" / "line.png").exists() and (tmp_path / "three" / "plane.html").exists()
@@ -133,18 +136,20 @@ def test_between_two_runs_there_is_a_line_and_between_three_a_plane(tiny_tree, t
         two["losses"]["training"][two["positions"].index(1.0)], rel=1e-6
     )
     # One file's rows are held out by the seed.
-    assert (
-        "the runs have trained on other rows: losses between them are over those of tiny/default/seed-0" in caplog.text
-    )
+    assert "has trained on other rows: losses between the runs are over those of tiny/default/seed-0" in caplog.text
     with pytest.raises(ConfigError, match="a line between two runs and a plane through three, got 1"):
-        measure_runs(folders[:1], quick, between=True)
+        measure_between(folders[:1], quick)
+    with pytest.raises(ConfigError, match="a run was named twice"):
+        measure_between(folders[:1] * 2, quick)
 
 
 def test_runs_that_share_no_model_have_no_line(tiny_tree, tmp_path, finished):
     other = config_of(tiny_tree, variant="rank-4", adapter={"rank": 4})
     run(other)
-    with pytest.raises(ConfigError, match="have other data or adapters: there is no line between them"):
-        measure_runs([finished.run_folder, other.run_folder], [*SETTINGS, "measures=[]"], between=True)
+    with pytest.raises(
+        ConfigError, match=r"rank-4.*has another adapter section than .*: there is no line between them"
+    ):
+        measure_between([finished.run_folder, other.run_folder], SETTINGS)
 
 
 def damage(what):
@@ -226,7 +231,7 @@ def test_measuring_again_leaves_nothing_of_the_time_before(finished):
 
 def test_settings_of_trainings_alone_are_said_to_have_no_effect(finished, caplog):
     measure_runs([finished.run_folder], [*SETTINGS, "measures=[norms]", "validation_samples=0", "every=freeze"])
-    assert "sharpness.every=freeze has no effect here: it is for safe-lab train" in caplog.text
+    assert "every=freeze has no effect here: it is for safe-lab train" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def read(folder):
 def compare(baseline, variant):
     """Mean of each, mean paired difference (or ratio) and its interval, and in how many pairs the variant's is lower."""
     seeds = [seed for seed in baseline if seed in variant]
-    names = [name for name in baseline[seeds[0]] if not name.endswith("_standard_error")]
+    names = [name for name in baseline[seeds[0]] if not name.endswith(("_standard_error", "_converged"))]
     for name in names:
         pairs = [(baseline[seed].get(name), variant[seed].get(name)) for seed in seeds]
         if any(value is None for pair in pairs for value in pair):

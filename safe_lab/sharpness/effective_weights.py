@@ -61,19 +61,22 @@ def effective_weight_traces(
         The trace by name of the layer; 0 for one that does not run. A layer whose input does not have the examples for its first
         dimension is left out, with a warning.
     """
+    mixing = _layers_that_mix(model, batches[0], layers, outputs)
+    if mixing:
+        log.warning(
+            "effective weights: %d layers do not keep examples apart and are left out, %s among them",
+            len(mixing),
+            mixing[0],
+        )
+        layers = {name: layer for name, layer in layers.items() if name not in mixing}
     num_examples = sum(map(count_examples, batches))
     totals = torch.zeros(len(layers), dtype=torch.float64)
-    # DeBERTa's query also runs on the table of relative positions, which no example owns.
-    mixes = torch.zeros(len(layers), dtype=torch.float64)
     for batch in batches:
         share = share_of(batch, processes)
         if not count_examples(share):
             continue
         with _recorded(layers) as passes, torch.enable_grad():
             outputs_nC = outputs(model, share)
-        for index, inputs, _ in passes:
-            mixes[index] += len(inputs) != len(outputs_nC) or inputs.ndim < 2
-        passes = [entry for entry in passes if not mixes[entry[0]]]
         if not passes:
             continue
         for column_nC in roots(outputs_nC.detach()):
@@ -88,21 +91,19 @@ def effective_weight_traces(
             for index, pairs in tokens.items():
                 a_nTI, delta_nTO = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
                 totals[index] += _squared_norms(a_nTI, delta_nTO) / num_examples
-    # On all processes alike.
-    totals, mixes = processes.sum(totals), processes.sum(mixes)
+    return dict(zip(layers, processes.sum(totals).tolist(), strict=True))
+
+
+def _layers_that_mix(
+    model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module], outputs: Callable[[nn.Module, Batch], Tensor]
+) -> list[str]:
+    """Names of the layers that run on anything but a row for each example: DeBERTa's also on its table of relative positions."""
+    # Three of them, as a table of one row is not one of two examples, and one of two heads not one of three.
+    three = {name: tensor[:1].repeat_interleave(3, 0) for name, tensor in batch.items()}
+    with _recorded(layers) as passes, torch.no_grad():
+        outputs(model, three)
     names = list(layers)
-    mixed = mixes.nonzero().flatten().tolist()
-    if mixed:
-        log.warning(
-            "effective weights: %d layers do not keep examples apart and are left out, %s among them",
-            len(mixed),
-            names[mixed[0]],
-        )
-    return {
-        name: total
-        for index, (name, total) in enumerate(zip(names, totals.tolist(), strict=True))
-        if index not in mixed
-    }
+    return sorted({names[index] for index, inputs, _ in passes if inputs.ndim < 2 or len(inputs) != 3}, key=names.index)
 
 
 def _by_token(tensor: Tensor) -> Tensor:

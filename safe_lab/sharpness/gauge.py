@@ -118,6 +118,11 @@ class Gauge:
         self._space()
 
     @property
+    def fingerprint(self) -> str:
+        """Of the training sample."""
+        return self._samples[TRAINING].fingerprint
+
+    @property
     def widens(self) -> bool:
         """Whether the weights change their dtype for the time, after which DDP must be wrapped anew."""
         return is_widened(self._model, self._dtype)
@@ -224,4 +229,6 @@ class Gauge:
         return {
             "effective_weight_trace": sum(traces.values()) if traces else None,
             "effective_weight_trace_by_layer": traces,
+            # Those that do not keep examples apart.
+            "effective_weight_left_out": [name for name in self._layers if name not in traces],
         }

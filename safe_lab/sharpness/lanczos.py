@@ -73,9 +73,36 @@ class _Chain:
 class Krylov:
     """Krylov spaces of a symmetric matrix from several random starts."""
 
-    def __init__(self, chains: Sequence[_Chain]) -> None:
-        """Of chains that were extended by at least one step."""
-        self._chains = chains
+    def __init__(self, products: Products, starts_DV: Tensor) -> None:
+        """Begin; there is nothing to be read before the first step.
+
+        Args:
+            products: Products of the matrix with the columns of (D, K).
+            starts_DV: The starts.
+        """
+        self._products = products
+        self._chains = [_Chain([start_D / start_D.norm()]) for start_D in starts_DV.T]
+
+    def extend(self, num_steps: int, budget: Budget) -> bool:
+        """Go further from all starts, a block of products a step.
+
+        Args:
+            num_steps: Steps to take, unless a space is whole before.
+            budget: Ends it before, but for the very first step.
+
+        Returns:
+            Whether a step was taken.
+        """
+        was_extended = False
+        for _ in range(num_steps):
+            live = [chain for chain in self._chains if not chain.exhausted]
+            if not live or (live[0].diagonal and budget.is_spent()):
+                break
+            of_last_DK = self._products(torch.stack([chain.basis[-1] for chain in live], 1))
+            for chain, of_last_D in zip(live, of_last_DK.T, strict=True):
+                chain.extend(of_last_D)
+            was_extended = True
+        return was_extended
 
     @property
     def num_steps(self) -> int:
@@ -159,15 +186,9 @@ def lanczos(
         budget: Ends it before, after one step at the earliest.
     """
     starts_DV = torch.randn(len(like_D), num_starts, generator=generator, dtype=torch.float64).to(like_D)
-    chains = [_Chain([start / start.norm()]) for start in starts_DV.T]
-    for step in range(num_steps):
-        live = [chain for chain in chains if not chain.exhausted]
-        if not live or (step and budget.is_spent()):
-            break
-        of_last_DK = products(torch.stack([chain.basis[-1] for chain in live], 1))
-        for chain, of_last_D in zip(live, of_last_DK.T, strict=True):
-            chain.extend(of_last_D)
-    return Krylov(chains)
+    krylov = Krylov(products, starts_DV)
+    krylov.extend(num_steps, budget)
+    return krylov
 
 
 class _SpentError(Exception):

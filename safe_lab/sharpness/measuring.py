@@ -104,7 +104,7 @@ def measure(
     for name in MEASURES:
         if name not in plan.measures:
             continue
-        if budget.is_spent():
+        if budget.is_spent() and not taker.knows(name):
             left_out.append(name)
             continue
         began = time.perf_counter()
@@ -126,6 +126,10 @@ class _Taker:
         self._position_D = surface.space.position()
         self._krylov: Krylov | None = None
         self.eigenpairs: Eigenpairs | None = None
+
+    def knows(self, name: str) -> bool:
+        """Whether a measure takes no more products, if there are none left."""
+        return name == "eigenvalues" and self._krylov is not None
 
     def trace(self) -> dict[str, Any]:
         return self._trace("trace", self._estimate(self._surface.hessian_products))
@@ -160,8 +164,15 @@ class _Taker:
 
     def eigenvalues(self) -> dict[str, Any]:
         plan, number = self._plan, min(self._plan.num_eigenvalues, self._space.num_dimensions)
-        pairs = None if self._krylov is None else self._krylov.top(number)
-        if pairs is None or len(pairs.values) < number or not _are_good(pairs, plan.eigenvalue_tolerance):
+        pairs: Eigenpairs | None = None
+        if (krylov := self._krylov) is not None:
+            pairs = krylov.top(number)
+            # As far again as the density went: a block of products is cheaper than ARPACK's, one at a time.
+            for _ in range(plan.num_steps):
+                if _are_good(pairs, number, plan.eigenvalue_tolerance) or not krylov.extend(1, self._budget):
+                    break
+                pairs = krylov.top(number)
+        if not _are_good(pairs, number, plan.eigenvalue_tolerance) and not self._budget.is_spent():
             generator = self._generator()
             start_D = (
                 torch.randn(len(self._position_D), generator=generator, dtype=torch.float64)
@@ -251,9 +262,13 @@ class _Taker:
         return torch.Generator().manual_seed(self._plan.seed)
 
 
-def _are_good(pairs: Eigenpairs, tolerance: float) -> bool:
-    return all(
-        residual <= tolerance * abs(value) for value, residual in zip(pairs.values, pairs.residuals, strict=True)
+def _are_good(pairs: Eigenpairs | None, number: int, tolerance: float) -> bool:
+    return (
+        pairs is not None
+        and len(pairs.values) == number
+        and all(
+            residual <= tolerance * abs(value) for value, residual in zip(pairs.values, pairs.residuals, strict=True)
+        )
     )
 
 
@@ -266,12 +281,15 @@ def summarize(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     flat: dict[str, float] = {}
 
     def add(name: str, found: Any) -> None:
+        """A number; of an estimate its error too, and that it is not within the tolerance, if it is not."""
         if isinstance(found, Estimate):
             found = asdict(found)
         if isinstance(found, Mapping):
             if "value" in found:
                 flat[name] = found["value"]
                 flat[f"{name}_standard_error"] = found["standard_error"]
+                if not found.get("converged", True):
+                    flat[f"{name}_converged"] = False
         elif isinstance(found, int | float):
             flat[name] = found
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from safe_lab.sharpness.estimate import Estimate, Read, estimates
 from safe_lab.sharpness.surface import Products
 
+_REFUSALS = 3
+
 
 def xtrace(
     products: Products, like_D: Tensor, read: Read, generator: torch.Generator, *, first: int = 6, then: int = 4
@@ -32,10 +34,10 @@ def xtrace(
     Deviation: read entry by entry, as :math:`\mathrm{diag}(A Q Q^\top) + u \circ A u` has the diagonal of A for its mean.
     Deviation: the error is the jackknife's, from the estimates that leave one vector out altogether. The spread of the
     :math:`\mathrm{tr}_i` understates it where the spectrum decays, since they share most of their bases; the jackknife then
-    overstates it (Efron and Stein, Annals of Statistics 1981), by up to four times where eigenvalues fall by a fifth each.
+    overstates it (Efron and Stein, Annals of Statistics 1981), up to fivefold.
     Deviation: once the basis has what stands out, further vectors only sample the rest, :math:`u = (I - Q Q^\top) z`, at one
     product each and not two, as in Hutch++ (Meyer et al., SOSA 2021). That is when a direction like those that came last would
-    take less off the error than two such samples.
+    take less off the error than two such samples, three times in a row.
 
     Args:
         products: Products of the matrix with the columns of (D, K).
@@ -52,12 +54,13 @@ def xtrace(
     nothing = like_D.new_empty(size, 0)
     omega, of_omega, basis, of_basis = [nothing] * 4
     tables = _Tables(read)
-    number, grows = min(first, size), True
+    # How often in a row a sample seemed worth more than a direction: the variance of a few samples is a bad judge.
+    number, refusals = min(first, size), 0
 
     def draw(number: int) -> Tensor:
         return torch.randn(size, number, generator=generator, dtype=torch.float64).to(like_D)
 
-    while grows:
+    while refusals < _REFUSALS:
         new = draw(number)
         of_new = products(new)
         basis = _extended(basis, of_new, generator)
@@ -69,7 +72,7 @@ def xtrace(
         if basis.shape[1] == size:
             return
         gain = _energy_taken(basis[:, :-number], basis[:, -number:], of_basis[:, -number:]) / number
-        grows = gain * (omega.shape[1] + 2) > spread / 2
+        refusals = 0 if gain * (omega.shape[1] + 2) > spread / 2 else refusals + 1
         number = min(then // 2, size - basis.shape[1])
     inside_R1 = tables.of_whole_basis()
     first_samples, samples_RK = omega.shape[1], mean_R.new_empty(len(mean_R), 0)
@@ -169,6 +172,9 @@ def _small(tensor: Tensor) -> Tensor:
 def _leave_out(tables: _Tables, size: int) -> tuple[Tensor, Tensor, float]:
     """Mean of the samples that leave one vector out, the jackknife's error of that (R each), and the samples' variance."""
     number = len(tables.squares_m)
+    if number == size:
+        # The basis holds everything; what is beside it would be rounding.
+        return tables.of_whole_basis()[:, 0], torch.zeros(len(tables.omega_Rm)).double(), 0.0
     # Row i: the direction within the basis that only vector i has put there. A matrix of low rank leaves some of the diagonal
     # at zero; any directions then complete the basis, and are the first to go.
     floor = max(tables.rounding * float(tables.triangle_mm.abs().max()), 1e-300)
@@ -205,7 +211,7 @@ def _leave_out(tables: _Tables, size: int) -> tuple[Tensor, Tensor, float]:
     gone_Rm1 = _diagonal(alone_alone_Rmm)
     samples_Rm = sample(-own_m1, torch.zeros(1, 1).to(own_m1), gone_Rm1, 1)[..., 0]
     mean_R, spread = samples_Rm.mean(1), float(samples_Rm[0].var()) if number > 1 else 0.0
-    if number < 3 or number == size:
+    if number < 3:
         return mean_R, samples_Rm.std(1) if number > 1 else torch.zeros_like(mean_R), spread
     # Each sample i again, from a basis without what another vector j has put there beside i.
     apart_mm = 1 - alone_alone_mm**2

@@ -179,7 +179,7 @@ def test_layer_that_does_not_run_has_no_trace(small):
 def test_layer_that_mixes_examples_is_left_out_by_name(caplog):
     """As DeBERTa's, which also turns its table of relative positions into keys."""
     model = nn.Sequential(
-        nn.Flatten(0, 1), nn.Linear(3, 1), nn.Unflatten(0, (2, 5)), nn.Flatten(1), nn.Linear(5, 1)
+        nn.Flatten(0, 1), nn.Linear(3, 1), nn.Unflatten(0, (-1, 5)), nn.Flatten(1), nn.Linear(5, 1)
     ).double()
     found = effective_weight_traces(
         model,

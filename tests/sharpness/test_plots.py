@@ -302,7 +302,7 @@ def test_curves_are_the_losses(tmp_path):
     assert by_name["training"]["x"] == T
     assert by_name["training"]["y"] == parabola().losses["training"]
     assert by_name["validation"]["y"] == parabola().losses["validation"]
-    assert found.layout["title"]["text"] == "Title: a, random"
+    assert found.layout["title"]["text"] == "Title: a"
 
 
 def test_gaps_are_left_where_there_is_no_loss(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from problems import F64, Counted, matrix_of, seeded
 
+from safe_lab.sharpness import xtrace as xtrace_module
 from safe_lab.sharpness.estimate import Estimate
 from safe_lab.sharpness.trace import ESTIMATORS, estimate_trace, hutchinson
 from safe_lab.sharpness.xtrace import xtrace
@@ -62,7 +63,7 @@ def slope(x, y):
 # Mean and spread
 
 # A jackknife errs on the safe side, and far where the spectrum falls steeply.
-CAUTION = {"hutchinson": 0.8, "xtrace": 0.2}
+CAUTION = {"exponential": 0.15, "algebraic": 0.2}
 CASES = [
     *(("hutchinson", name, 40) for name in SPECTRA),
     ("xtrace", "exponential", 80),
@@ -89,7 +90,7 @@ def test_reported_error_is_the_error(estimator, name, products):
     """Of a normal estimate 99.7 % lie within three standard errors, of one from 12 samples 98.8 %."""
     errors, reported = errors_of_case(estimator, name, products)
     z = errors / reported
-    assert CAUTION[estimator] < z.std() < 1.3
+    assert (0.8 if estimator == "hutchinson" else CAUTION.get(name, 0.6)) < z.std() < 1.3
     assert (z.abs() <= 3).double().mean() >= 0.97
 
 
@@ -142,15 +143,32 @@ def test_xtraces_error_falls_as_hutchinsons_where_eigenvalues_are_noise():
     assert -0.75 < slope(numbers, [xtrace_rms(spectrum, number, seeds=30) for number in numbers]) < -0.35
 
 
-def test_xtraces_samples_beside_its_basis_are_unbiased():
+def test_xtraces_samples_beside_its_basis_are_unbiased(monkeypatch):
     """Where a basis is of no use, 50,000 vectors beside one of four directions know the trace within 0.2 %."""
     signs = torch.where(torch.arange(40) % 2 == 0, 1, -1)
     matrix = matrix_of(3 + 5 * signs)
     # With this seed the first samples tell that.
+    monkeypatch.setattr(xtrace_module, "_REFUSALS", 1)
     readings = xtrace(Counted(matrix), matrix[0], read_trace, seeded(5), first=4, then=50_000)
     _, ((found,), num_products) = itertools.islice(readings, 2)
     assert num_products == 50_008
     assert abs(found.value - 120) < 3 * found.standard_error < 1
+
+
+@pytest.mark.parametrize("name", ["indefinite decay", "outliers"])
+def test_xtrace_does_not_stop_to_grow_while_directions_pay(name):
+    """A few samples that happen to agree must not end it: then some seeds would be ten times as far off as others."""
+    spectrum = {"indefinite decay": (-0.8) ** INDEX, "outliers": SPECTRA["outliers"]}[name]
+    errors, _ = errors_of(matrix_of(spectrum), "xtrace", seeds=60, products=60)
+    assert errors.abs().max() < 6 * errors.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("size", [8, 16, 64])
+def test_float32_stays_exact_with_a_vector_for_every_dimension(size):
+    for seed in range(40):
+        matrix = matrix_of(torch.linspace(-1, 3, size)).float()
+        readings = xtrace(Counted(matrix), matrix[0], read_trace, seeded(seed), first=size)
+        assert next(readings)[0][0].value == pytest.approx(size, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6])
@@ -241,7 +259,8 @@ def test_every_reading_is_unbiased_and_its_error_its_own(estimator, name):
     errors, reported = errors_of(matrix, estimator, seeds=100, read=read_all, true=true, products=60)
     assert (errors.mean(0).abs() < 4 * errors.std(0) / 10).all()
     z = errors / reported
-    assert ((z.std(0) > CAUTION[estimator]) & (z.std(0) < 1.5)).all()
+    lowest = 0.7 if estimator == "hutchinson" else CAUTION.get(name, 0.5)
+    assert ((z.std(0) > lowest) & (z.std(0) < 1.5)).all()
     assert ((z.abs() <= 3).double().mean(0) >= 0.95).all()
 
 

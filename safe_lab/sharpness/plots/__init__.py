@@ -13,6 +13,7 @@ from safe_lab.sharpness.plots.draw import (
     draw_slices_2d,
     draw_spectra,
 )
+from safe_lab.sharpness.plots.panels import format_number
 
 __all__ = [
     "Spectrum",
@@ -22,4 +23,5 @@ __all__ = [
     "draw_slices_1d",
     "draw_slices_2d",
     "draw_spectra",
+    "format_number",
 ]

@@ -23,6 +23,7 @@ from safe_lab.sharpness.plots.panels import (
     make_scale,
     plain,
     shortened,
+    told_apart,
 )
 from safe_lab.whole_file import whole_file
 
@@ -86,7 +87,7 @@ def draw_slices_1d(runs: Mapping[str, Sequence[Slice1D]], path: Path, *, title: 
             curves = _curves(slices[name]) if name in slices else []
             panels.append(Chart(_varying(runs, run, names, name), curves, x_scale, y_scale))
         panels += _rest_of_row(runs, panels, num_columns)
-    sheet = Sheet(_title(title, runs, names), "step (1 = norm of the weights)", "mean loss", num_columns)
+    sheet = Sheet(_title(title, runs, []), "step (1 = norm of the weights)", "mean loss", num_columns)
     return _write(path, sheet, panels, png.draw_charts, page.draw_charts)
 
 
@@ -108,7 +109,7 @@ def draw_lines(lines: Sequence[Slice1D], path: Path, *, title: str) -> list[Path
     y_scale = make_scale(_losses(lines), may_be_logarithmic=True)
     panels = []
     for line in lines:
-        first, second = line.marks
+        first, second = told_apart(list(line.marks)).values()
         ticks = {
             0.0: f"0\n{shortened(first, 18)}",
             0.25: "0.25",
@@ -203,7 +204,8 @@ def draw_plane(plane: Slice2D, path: Path, *, title: str) -> list[Path]:
         ValueError: There is nothing to draw, or matplotlib or plotly is not installed.
     """
     letters = dict(zip(plane.marks, "ABC", strict=True))
-    marks = {f"{letters[run]}: {shortened(run, 48)}": place for run, place in plane.marks.items()}
+    names = told_apart(list(plane.marks))
+    marks = {f"{letters[run]}: {shortened(names[run], 48)}": place for run, place in plane.marks.items()}
     panels = []
     for sample in plane.losses:
         heights = ", ".join(

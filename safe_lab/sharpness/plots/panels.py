@@ -189,7 +189,7 @@ def make_scale(values: Iterable[float | None], *, margin: float = 0.05, may_be_l
     Args:
         values: Of all panels.
         margin: Room at both ends, as a share of the scale.
-        may_be_logarithmic: Whether it is where all values are positive and span more than two decades.
+        may_be_logarithmic: Whether it is where all values are positive and span span more than two decades.
     """
     known = [value for value in map(plain, values) if not math.isnan(value)]
     if not known:
@@ -226,6 +226,24 @@ def shortened(name: str, length: int) -> str:
         return printable
     ahead = (length - 1) // 2
     return f"{printable[:ahead]}…{printable[ahead + 1 - length :]}"
+
+
+def told_apart(names: Sequence[str]) -> dict[str, str]:
+    """By name, what of its path tells it from the others.
+
+    >>> told_apart(["sst2/lora/seed-0", "sst2/safe/seed-0"])
+    {'sst2/lora/seed-0': 'lora', 'sst2/safe/seed-0': 'safe'}
+    >>> told_apart(["sst2/lora/seed-0"])
+    {'sst2/lora/seed-0': 'sst2/lora/seed-0'}
+    """
+    parts = {name: name.split("/") for name in names}
+    for end in (0, -1):
+        while len(parts) > 1 and all(len(one) > 1 for one in parts.values()):
+            if len({one[end] for one in parts.values()}) > 1:
+                break
+            for one in parts.values():
+                one.pop(end)
+    return {name: "/".join(one) for name, one in parts.items()}
 
 
 def wrapped(lines: Sequence[str], width: int) -> list[str]:
