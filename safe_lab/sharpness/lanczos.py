@@ -142,20 +142,23 @@ class Krylov:
         Args:
             number: k; fewer come back where the spaces have fewer dimensions.
         """
+        basis_DM, of_basis_DM = self.union()
+        small = basis_DM.T @ of_basis_DM
+        values, rotation = torch.linalg.eigh((small + small.T) / 2)
+        best = torch.arange(len(values) - 1, max(len(values) - 1 - number, -1), -1, device=values.device)
+        vectors_Dk = basis_DM @ rotation[:, best]
+        residuals = (of_basis_DM @ rotation[:, best] - vectors_Dk * values[best]).norm(dim=0)
+        return Eigenpairs(values[best].tolist(), vectors_Dk.to(self._chains[0].basis[0].dtype), residuals.tolist())
+
+    def union(self) -> tuple[Tensor, Tensor]:
+        """An orthonormal basis of all spaces together (D, M), in float64, and the matrix's products with it."""
         bases = [torch.stack(chain.basis[: len(chain.diagonal)], 1).double() for chain in self._chains]
-        products = [self._of_basis(chain) for chain in self._chains]
-        basis_DM, of_basis_DM = torch.cat(bases, 1), torch.cat(products, 1)
+        basis_DM, of_basis_DM = torch.cat(bases, 1), torch.cat([self._of_basis(chain) for chain in self._chains], 1)
         # The chains meet in the large eigenvalues' directions: what is there twice is taken once.
         sizes, directions = torch.linalg.eigh(basis_DM.T @ basis_DM)
         kept = sizes > 1e-6 * sizes[-1]
         inner = directions[:, kept] / sizes[kept].sqrt()
-        small = inner.T @ (basis_DM.T @ of_basis_DM) @ inner
-        values, rotation = torch.linalg.eigh((small + small.T) / 2)
-        best = torch.arange(len(values) - 1, max(len(values) - 1 - number, -1), -1, device=values.device)
-        coefficients = inner @ rotation[:, best]
-        vectors_Dk = basis_DM @ coefficients
-        residuals = (of_basis_DM @ coefficients - vectors_Dk * values[best]).norm(dim=0)
-        return Eigenpairs(values[best].tolist(), vectors_Dk.to(self._chains[0].basis[0].dtype), residuals.tolist())
+        return basis_DM @ inner, of_basis_DM @ inner
 
     def _of_basis(self, chain: _Chain) -> Tensor:
         """Products of the basis, as the recurrence tells them (D, S)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from safe_lab.sharpness.estimate import Estimate
 from safe_lab.sharpness.lanczos import Eigenpairs, Krylov, lanczos, top_eigenpairs
 from safe_lab.sharpness.names import MEASURES
 from safe_lab.sharpness.surface import Products, Surface
-from safe_lab.sharpness.trace import TraceEstimate, estimate_trace
+from safe_lab.sharpness.trace import ESTIMATORS, TraceEstimate, estimate_trace
+from safe_lab.sharpness.xtrace import deflated
 
 # Up to so many classes the Gauss-Newton trace is taken exactly. An estimate takes some twenty products, two gradients each.
 MOST_COLUMNS = 20
@@ -116,7 +117,7 @@ def measure(
 
 
 class _Taker:
-    """The measures of one surface; the eigenvalues begin where the spectrum has come to."""
+    """The measures of one surface; eigenvalues and trace begin where the spectrum has come to."""
 
     def __init__(self, surface: Surface, plan: Plan, budget: Budget) -> None:
         self._surface = surface
@@ -125,6 +126,7 @@ class _Taker:
         self._budget = budget
         self._position_D = surface.space.position()
         self._krylov: Krylov | None = None
+        self._of_starts = self._generator()
         self.eigenpairs: Eigenpairs | None = None
 
     def knows(self, name: str) -> bool:
@@ -132,7 +134,12 @@ class _Taker:
         return name == "eigenvalues" and self._krylov is not None
 
     def trace(self) -> dict[str, Any]:
-        return self._trace("trace", self._estimate(self._surface.hessian_products))
+        if self._krylov is None or self._plan.estimator != "xtrace":
+            return self._trace("trace", self._estimate(self._surface.hessian_products))
+        basis_DM, of_basis_DM = (part.to(self._position_D) for part in self._krylov.union())
+        # The generator that has drawn Lanczos's starts goes on: the same vectors again would lie in the basis.
+        readings = deflated(self._surface.hessian_products, basis_DM, of_basis_DM, self._read, self._of_starts)
+        return self._trace("trace", self._until_good(readings))
 
     def gauss_newton(self) -> dict[str, Any]:
         if self._surface.count_columns() > MOST_COLUMNS:
@@ -147,7 +154,7 @@ class _Taker:
             self._position_D,
             num_starts=self._plan.num_starts,
             num_steps=self._plan.num_steps,
-            generator=self._generator(),
+            generator=self._of_starts,
             budget=self._budget,
         )
         nodes = krylov.nodes()
@@ -235,15 +242,11 @@ class _Taker:
         return torch.cat([total, adaptive, self._space.sum_by_group(diagonals_Dm)])
 
     def _estimate(self, products: Products) -> TraceEstimate:
-        return estimate_trace(
-            products,
-            self._position_D,
-            self._read,
-            estimator=self._plan.estimator,
-            tolerance=self._plan.tolerance,
-            generator=self._generator(),
-            budget=self._budget,
-        )
+        estimator = ESTIMATORS[self._plan.estimator]
+        return self._until_good(estimator(products, self._position_D, self._read, self._generator()))
+
+    def _until_good(self, readings: Iterator[tuple[list[Estimate], int]]) -> TraceEstimate:
+        return estimate_trace(readings, tolerance=self._plan.tolerance, budget=self._budget)
 
     def _trace(self, name: str, found: TraceEstimate) -> dict[str, Any]:
         total, adaptive, *by_group = found.readings

@@ -74,32 +74,21 @@ ESTIMATORS: Mapping[str, Callable[..., Iterator[tuple[list[Estimate], int]]]] = 
 
 
 def estimate_trace(
-    products: Products,
-    like_D: Tensor,
-    read: Read,
-    *,
-    estimator: str,
-    tolerance: float,
-    generator: torch.Generator,
-    budget: Budget,
+    readings: Iterator[tuple[list[Estimate], int]], *, tolerance: float, budget: Budget
 ) -> TraceEstimate:
     """Take more random vectors until the trace's standard error is within ``tolerance`` of it, or the budget is spent.
 
     Args:
-        products: Products of the matrix with the columns of (D, K).
-        like_D: A vector of D entries, for size, dtype and device.
-        read: What to read; the trace first.
-        estimator: Name of one of :data:`ESTIMATORS`.
+        readings: Of an estimator: one of :data:`ESTIMATORS`, or :func:`~safe_lab.sharpness.xtrace.deflated`.
         tolerance: Relative standard error of the trace at which it ends.
-        generator: Of the random vectors, on the CPU.
         budget: Ends it before.
     """
     found, was_within = None, False
-    for readings, num_products in ESTIMATORS[estimator](products, like_D, read, generator):
-        is_within = readings[0].standard_error <= tolerance * abs(readings[0].value)
+    for estimates_R, num_products in readings:
+        is_within = estimates_R[0].standard_error <= tolerance * abs(estimates_R[0].value)
         # Twice in a row: to end when the error first looks small would favour samples in which it looks too small.
-        converged = is_within and (was_within or readings[0].standard_error == 0)
-        found = TraceEstimate(readings, num_products, converged)
+        converged = is_within and (was_within or estimates_R[0].standard_error == 0)
+        found = TraceEstimate(estimates_R, num_products, converged)
         if converged or budget.is_spent():
             return found
         was_within = is_within

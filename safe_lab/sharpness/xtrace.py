@@ -57,11 +57,8 @@ def xtrace(
     # How often in a row a sample seemed worth more than a direction: the variance of a few samples is a bad judge.
     number, refusals = min(first, size), 0
 
-    def draw(number: int) -> Tensor:
-        return torch.randn(size, number, generator=generator, dtype=torch.float64).to(like_D)
-
     while refusals < _REFUSALS:
-        new = draw(number)
+        new = torch.randn(size, number, generator=generator, dtype=torch.float64).to(like_D)
         of_new = products(new)
         basis = _extended(basis, of_new, generator)
         of_basis = torch.cat([of_basis, products(basis[:, -number:])], 1)
@@ -74,15 +71,9 @@ def xtrace(
         gain = _energy_taken(basis[:, :-number], basis[:, -number:], of_basis[:, -number:]) / number
         refusals = 0 if gain * (omega.shape[1] + 2) > spread / 2 else refusals + 1
         number = min(then // 2, size - basis.shape[1])
-    inside_R1 = tables.of_whole_basis()
-    first_samples, samples_RK = omega.shape[1], mean_R.new_empty(len(mean_R), 0)
+    first_samples = omega.shape[1]
     del omega, of_omega
-    while True:
-        z = draw(then)
-        of_z, along = products(z), basis.T @ z
-        rest, of_rest = z - basis @ along, of_z - of_basis @ along
-        scale_K = (size - basis.shape[1]) / rest.square().sum(0, dtype=torch.float64)
-        samples_RK = torch.cat([samples_RK, inside_R1 + _small(scale_K * read(rest * of_rest))], 1)
+    for samples_RK in _sample_beside(products, basis, of_basis, read, generator, then):
         count = samples_RK.shape[1]
         share = count / (first_samples + count)
         of_samples_R = samples_RK.std(1) / count**0.5
@@ -93,6 +84,55 @@ def xtrace(
             ),
             2 * first_samples + count,
         )
+
+
+def deflated(
+    products: Products, basis_DM: Tensor, of_basis_DM: Tensor, read: Read, generator: torch.Generator, *, then: int = 4
+) -> Iterator[tuple[list[Estimate], int]]:
+    r"""The trace with the help of a basis whose products are known already, as Lanczos leaves one.
+
+    .. math:: \mathrm{tr}(A) = \mathrm{tr}(Q^\top A Q) + E\Bigl[\frac{D - M}{\|u\|^2}\, u^\top A u\Bigr],
+        \quad u = (I - Q Q^\top)\, z
+
+    with z Gaussian: one product a sample, and no variance from what the basis has.
+
+    Source: Gambhir, Stathopoulos and Orginos (SIAM J. Sci. Comput. 2017); Hutch++ (Meyer et al., SOSA 2021). Deviation: read
+    entry by entry, and u brought to its mean length, as in :func:`xtrace`.
+
+    Args:
+        products: Products of the matrix with the columns of (D, K).
+        basis_DM: Orthonormal columns Q, independent of what the generator draws.
+        of_basis_DM: A Q.
+        read: What to read.
+        generator: Of the random vectors, on the CPU.
+        then: Products to add each time.
+
+    Yields:
+        Each reading's estimate, and the products so far; then the same with more vectors.
+    """
+    if basis_DM.shape[1] == len(basis_DM):
+        exact_R = _small(read((basis_DM * of_basis_DM).sum(1, keepdim=True)))[:, 0]
+        yield estimates(exact_R, torch.zeros_like(exact_R)), 0
+        return
+    for samples_RK in _sample_beside(products, basis_DM, of_basis_DM, read, generator, then):
+        count = samples_RK.shape[1]
+        yield estimates(samples_RK.mean(1), samples_RK.std(1) / count**0.5), count
+
+
+def _sample_beside(
+    products: Products, basis_DM: Tensor, of_basis_DM: Tensor, read: Read, generator: torch.Generator, number: int
+) -> Iterator[Tensor]:
+    """Readings from vectors beside a basis (R, K): those of the basis and an unbiased sample of the rest; more each time."""
+    size, num_columns = basis_DM.shape
+    inside_R1 = _small(read((basis_DM * of_basis_DM).sum(1, keepdim=True)))
+    samples_RK = inside_R1.new_empty(len(inside_R1), 0)
+    while True:
+        z_DK = torch.randn(size, number, generator=generator, dtype=torch.float64).to(basis_DM)
+        along_MK = basis_DM.T @ z_DK
+        rest_DK, of_rest_DK = z_DK - basis_DM @ along_MK, products(z_DK).to(z_DK) - of_basis_DM @ along_MK
+        scale_K = (size - num_columns) / rest_DK.square().sum(0, dtype=torch.float64)
+        samples_RK = torch.cat([samples_RK, inside_R1 + _small(scale_K * read(rest_DK * of_rest_DK))], 1)
+        yield samples_RK
 
 
 def _extended(basis_Dm: Tensor, vectors_DK: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,8 +12,9 @@ from problems import F64, Counted, matrix_of, seeded
 
 from safe_lab.sharpness import xtrace as xtrace_module
 from safe_lab.sharpness.estimate import Estimate
+from safe_lab.sharpness.lanczos import lanczos
 from safe_lab.sharpness.trace import ESTIMATORS, estimate_trace, hutchinson
-from safe_lab.sharpness.xtrace import xtrace
+from safe_lab.sharpness.xtrace import deflated, xtrace
 
 SIZE = 120
 INDEX = torch.arange(SIZE, dtype=F64)
@@ -34,15 +35,8 @@ def read_trace(diagonals_Dm):
 
 def estimate(matrix, *, estimator="xtrace", seed=0, read=read_trace, tolerance=0.0, products=None, seconds=None):
     counted = Counted(matrix)
-    return estimate_trace(
-        counted,
-        matrix[0],
-        read,
-        estimator=estimator,
-        tolerance=tolerance,
-        generator=seeded(seed),
-        budget=counted.budget(products, seconds),
-    )
+    readings = ESTIMATORS[estimator](counted, matrix[0], read, seeded(seed))
+    return estimate_trace(readings, tolerance=tolerance, budget=counted.budget(products, seconds))
 
 
 def errors_of(matrix, estimator, *, seeds, read=read_trace, true=None, **limits):
@@ -284,6 +278,45 @@ def test_mean_and_jackknife_are_those_of_bases_made_anew_for_each_left_out(name)
     readings, _ = next(xtrace(Counted(matrix), matrix[0], read_all, seeded(3), first=number))
     assert [found.value for found in readings] == pytest.approx(mean(every).tolist(), rel=1e-9)
     assert [found.standard_error for found in readings] == pytest.approx(error.tolist(), rel=1e-6)
+
+
+# With a basis that is there already
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_deflated_trace_is_unbiased_and_its_error_its_own(name):
+    matrix = matrix_of(SPECTRA[name])
+    true = read_all(matrix.diag()[:, None])[:, 0]
+    errors, reported = [], []
+    for seed in range(100):
+        counted = Counted(matrix)
+        krylov = lanczos(
+            counted, matrix[0], num_starts=2, num_steps=6, generator=seeded(seed), budget=counted.budget(None)
+        )
+        readings = deflated(counted, *krylov.union(), read_all, seeded(seed + 1000))
+        found, num_products = next(itertools.islice(readings, 9, 10))
+        assert num_products == 40
+        assert name == "low rank" or counted.cost.products == 40 + 12
+        errors.append([one.value for one in found])
+        reported.append([one.standard_error for one in found])
+    errors, reported = torch.tensor(errors, dtype=F64) - true, torch.tensor(reported, dtype=F64)
+    if name == "low rank":
+        assert errors.abs().max() < 1e-9
+        return
+    assert (errors.mean(0).abs() < 4 * errors.std(0) / 10).all()
+    z = errors / reported
+    assert ((z.std(0) > 0.7) & (z.std(0) < 1.4)).all()
+    # Without the basis: 2 ||A||_F^2 off the diagonal, over as many vectors.
+    assert errors[:, 0].std() < 1.2 * (2 * matrix.square().sum() / 40).sqrt()
+
+
+def test_deflated_trace_is_exact_where_the_basis_has_everything():
+    matrix = matrix_of(SPECTRA["indefinite"])
+    ((found,), num_products), *rest = deflated(
+        Counted(matrix), torch.eye(SIZE, dtype=F64), matrix, read_trace, seeded()
+    )
+    assert found == Estimate(pytest.approx(float(matrix.trace())), 0)
+    assert num_products == 0 and rest == []
 
 
 # When it ends
