@@ -154,7 +154,7 @@ def measure_runs(
     """
     console = console or Console(quiet=True)
     paths = list(dict.fromkeys(path.resolve() for path in paths))
-    device, processes = _begin(paths, overrides)
+    device, processes = _begin([read_config(path, overrides) for path in paths], overrides)
     found: dict[str, Findings] = {}
     with ExitStack() as held:
         refusal = None
@@ -219,8 +219,8 @@ def measure_between(
         raise ConfigError("a run was named twice")
     if len(paths) not in (2, 3):
         raise ConfigError(f"there is a line between two runs and a plane through three, got {len(paths)}")
-    device, processes = _begin(paths, overrides)
     configs = [read_config(path, overrides) for path in paths]
+    device, processes = _begin(configs, overrides)
     for path, config in zip(paths, configs, strict=True):
         for section in ("data", "adapter", "model"):
             if getattr(config, section) != getattr(configs[0], section):
@@ -248,12 +248,11 @@ def measure_between(
     return asdict(found)
 
 
-def _begin(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[torch.device, Processes]:
-    """See that all of the folders can be read, before the first is measured; and with whom."""
+def _begin(configs: Sequence[Config], overrides: Sequence[str]) -> tuple[torch.device, Processes]:
+    """Where, and with whom, runs are measured whose configurations have all been read."""
     for text in overrides:
         if text.removeprefix("sharpness.").split("=")[0] in ("when", "every", "every_measures"):
             log.warning("%s has no effect here: it is for safe-lab train", text)
-    configs = [read_config(path, overrides) for path in paths]
     launch.check()
     try:
         accelerator = build_accelerator(configs[0].training)

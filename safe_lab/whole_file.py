@@ -27,6 +27,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(stream.fileno())
         unfinished.replace(path)
     except BaseException as error:
+        # Whatever ended it, Ctrl-C too, half a file would stay; it goes on up from here.
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         if not isinstance(error, OSError) or error.errno is None:

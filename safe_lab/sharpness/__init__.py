@@ -20,11 +20,12 @@ from safe_lab.sharpness.names import ESTIMATORS, LANDSCAPES, MEASURES
 
 if TYPE_CHECKING:
     from safe_lab.sharpness.budget import Budget
+    from safe_lab.sharpness.differentiable import twice_differentiable
     from safe_lab.sharpness.gauge import Gauge, Sample
     from safe_lab.sharpness.measuring import Measured, Plan, measure, summarize
     from safe_lab.sharpness.output_curvature import OUTPUT_CURVATURES
     from safe_lab.sharpness.space import Space
-    from safe_lab.sharpness.surface import Surface, twice_differentiable
+    from safe_lab.sharpness.surface import Surface
 
 _HOME = {
     "Budget": "budget",
@@ -37,7 +38,7 @@ _HOME = {
     "Space": "space",
     "OUTPUT_CURVATURES": "output_curvature",
     "Surface": "surface",
-    "twice_differentiable": "surface",
+    "twice_differentiable": "differentiable",
 }
 
 __all__ = [

@@ -50,7 +50,7 @@ def effective_weight_traces(
     Goodfellow (2015), Li et al. (ICLR 2022), section 4.
 
     Args:
-        model: The model, inside :func:`~safe_lab.sharpness.surface.twice_differentiable`.
+        model: The model, inside :func:`~safe_lab.sharpness.differentiable.twice_differentiable`.
         batches: Mappings of tensors whose first dimension is the example; the same on all processes.
         layers: Layers by name that compute an affine function of their input (n, T, I) or (n, I).
         roots: Of the loss's curvature by the outputs: see :class:`~safe_lab.sharpness.output_curvature.OutputCurvature`.

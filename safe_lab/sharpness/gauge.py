@@ -14,13 +14,14 @@ from torch import nn
 from safe_lab.importance.probe import Batch, LossFunction
 from safe_lab.processes import ALONE, Processes
 from safe_lab.sharpness.budget import Budget
+from safe_lab.sharpness.differentiable import is_widened, twice_differentiable
 from safe_lab.sharpness.effective_weights import effective_weight_traces
 from safe_lab.sharpness.lanczos import Eigenpairs
 from safe_lab.sharpness.measuring import Plan, measure
 from safe_lab.sharpness.norms import unit_norms
 from safe_lab.sharpness.output_curvature import OUTPUT_CURVATURES
 from safe_lab.sharpness.space import Space
-from safe_lab.sharpness.surface import Surface, is_widened, twice_differentiable
+from safe_lab.sharpness.surface import Surface
 from safe_lab.units import Unit
 
 # The sample whose figures stand at the top of the result; others stand below it under their names.

@@ -81,7 +81,7 @@ def measure(
     """Take the figures of a plan where the weights stand.
 
     Args:
-        surface: The loss, inside :func:`~safe_lab.sharpness.surface.twice_differentiable`.
+        surface: The loss, inside :func:`~safe_lab.sharpness.differentiable.twice_differentiable`.
         plan: Which figures.
         budget: Once it is spent, what has begun ends with the error it has reached, and the rest is left out by name.
         others: How to take those that are not of the loss's surface alone (norms, effective weights), by name.

@@ -15,9 +15,10 @@ from safe_lab.importance.probe import Batch, LossFunction, count_examples
 from safe_lab.model import loss_function
 from safe_lab.processes import ALONE
 from safe_lab.sharpness.budget import Budget
+from safe_lab.sharpness.differentiable import twice_differentiable
 from safe_lab.sharpness.output_curvature import OUTPUT_CURVATURES
 from safe_lab.sharpness.space import Space
-from safe_lab.sharpness.surface import Cost, Surface, logits, twice_differentiable
+from safe_lab.sharpness.surface import Cost, Surface, logits
 from safe_lab.units import Unit
 
 F64 = torch.float64

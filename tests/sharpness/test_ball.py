@@ -11,8 +11,9 @@ from problems import F64, matrix_of, seeded, transformer
 from torch import nn
 
 from safe_lab.sharpness.ball import average_sharpness, ball_sharpness
+from safe_lab.sharpness.differentiable import twice_differentiable
 from safe_lab.sharpness.space import Space
-from safe_lab.sharpness.surface import Surface, twice_differentiable
+from safe_lab.sharpness.surface import Surface
 
 SIZE = 12
 CONVEX = torch.linspace(0.1, 5, SIZE, dtype=F64)

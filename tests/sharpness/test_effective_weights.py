@@ -12,9 +12,10 @@ from torch import nn
 from safe_lab.adapters import affine_layers
 from safe_lab.importance.probe import count_examples
 from safe_lab.processes import ALONE
+from safe_lab.sharpness.differentiable import twice_differentiable
 from safe_lab.sharpness.effective_weights import effective_weight_traces
 from safe_lab.sharpness.output_curvature import OUTPUT_CURVATURES, squared_error_roots
-from safe_lab.sharpness.surface import logits, twice_differentiable
+from safe_lab.sharpness.surface import logits
 
 
 def traces(problem, *, model=None, layers=None, processes=ALONE):

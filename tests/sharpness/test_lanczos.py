@@ -9,8 +9,8 @@ import pytest
 import torch
 from problems import F64, Counted, matrix_of, seeded
 
+from safe_lab.sharpness.differentiable import twice_differentiable
 from safe_lab.sharpness.lanczos import density, lanczos, top_eigenpairs
-from safe_lab.sharpness.surface import twice_differentiable
 
 SIZE = 60
 SPECTRA = {

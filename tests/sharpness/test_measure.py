@@ -20,10 +20,11 @@ from safe_lab.adapters import affine_layers
 from safe_lab.sharpness import ESTIMATORS, MEASURES, measuring
 from safe_lab.sharpness.ball import average_sharpness, ball_sharpness
 from safe_lab.sharpness.budget import Budget
+from safe_lab.sharpness.differentiable import twice_differentiable
 from safe_lab.sharpness.gauge import HEAD, TRAINING, Gauge, Sample
 from safe_lab.sharpness.measuring import Plan, measure, summarize
 from safe_lab.sharpness.sample import batch_by_tokens, draw_rows
-from safe_lab.sharpness.surface import Cost, twice_differentiable
+from safe_lab.sharpness.surface import Cost
 from safe_lab.sharpness.xtrace import deflated
 
 every_measure = pytest.mark.parametrize("name", MEASURES)

@@ -21,9 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from safe_lab.adapters import base_weights
 from safe_lab.model import loss_function
 from safe_lab.sharding import shard
+from safe_lab.sharpness.differentiable import twice_differentiable
 from safe_lab.sharpness.output_curvature import OUTPUT_CURVATURES, cross_entropy_product
 from safe_lab.sharpness.space import Space
-from safe_lab.sharpness.surface import Cost, Surface, twice_differentiable
+from safe_lab.sharpness.surface import Cost, Surface
 
 
 def identity(problem):
