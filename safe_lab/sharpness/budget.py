@@ -48,9 +48,14 @@ class Budget:
         """Whether somebody was told that it is spent."""
         return self._was_spent
 
-    def is_spent(self) -> bool:
-        """Whether to stop; all processes ask together, and all are told the same."""
-        spent = (self._products is not None and self._cost.products - self._products_began >= self._products) or (
+    def is_spent(self, *, takes_products: bool = True) -> bool:
+        """Whether to stop; all processes ask together, and all are told the same.
+
+        Args:
+            takes_products: What would come next takes products; without, only the seconds count.
+        """
+        taken = self._cost.products - self._products_began
+        spent = (takes_products and self._products is not None and taken >= self._products) or (
             self._seconds is not None and self._processes.any(self.seconds >= self._seconds)
         )
         self._was_spent |= spent

@@ -5,9 +5,11 @@ Legend: D rows of the matrix, V random starts, S steps from each, k eigenvalues.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +124,13 @@ class Krylov:
             values, vectors = eigh_tridiagonal(*chain.tridiagonal)
             found.append((values.tolist(), (vectors[0] ** 2).tolist()))
         return found
+
+    def has_moment(self, power: int) -> bool:
+        """Whether the quadrature is exact for a power: up to 2 S - 1 after S steps, and for all once a space has everything."""
+        return all(
+            chain.exhausted or 2 * len(nodes) - 1 >= power
+            for chain, (nodes, _) in zip(self._chains, self.nodes(), strict=True)
+        )
 
     def moment(self, power: int) -> Estimate:
         r"""Mean of :math:`\lambda^p` over the spectrum, with its error over the starts: for p = 1 the trace over D."""
@@ -240,7 +249,8 @@ def top_eigenpairs(
                 # Of a matrix that is not zero this does not happen.
                 vectors_Dk = torch.eye(size, number).to(like_D)
                 return Eigenpairs([0.0] * number, vectors_Dk, [0.0] * number)
-        found, columns = eigsh(operator, v0=start_D.double().cpu().numpy(), **settings)
+        # ARPACK draws where its space has become invariant: the same for all processes, and each time.
+        found, columns = eigsh(operator, v0=start_D.double().cpu().numpy(), **settings, **_seeded())
     except (_SpentError, ArpackNoConvergence):
         return None
     largest_first = np.argsort(-found)
@@ -250,6 +260,11 @@ def top_eigenpairs(
         dim=0
     )
     return Eigenpairs(found[largest_first].tolist(), vectors_Dk, residuals.tolist())
+
+
+def _seeded() -> dict[str, Any]:
+    # Before SciPy 1.17 eigsh has no such argument, and draws the same numbers each time.
+    return {"rng": np.random.default_rng(0)} if "rng" in inspect.signature(eigsh).parameters else {}
 
 
 def density(

@@ -105,7 +105,7 @@ def measure(
     for name in MEASURES:
         if name not in plan.measures:
             continue
-        if budget.is_spent() and not taker.knows(name):
+        if budget.is_spent(takes_products=not taker.is_without_products(name)) and not taker.knows(name):
             left_out.append(name)
             continue
         began = time.perf_counter()
@@ -132,6 +132,10 @@ class _Taker:
     def knows(self, name: str) -> bool:
         """Whether a measure takes no more products, if there are none left."""
         return name == "eigenvalues" and self._krylov is not None
+
+    def is_without_products(self, name: str) -> bool:
+        """Whether a measure takes other passes than products; what comes cheap is begun all the same."""
+        return name == "gauss_newton" and self._surface.count_columns() <= MOST_COLUMNS
 
     def trace(self) -> dict[str, Any]:
         if self._krylov is None or self._plan.estimator != "xtrace":
@@ -163,7 +167,7 @@ class _Taker:
             "spectrum": {
                 "nodes": [values for values, _ in nodes],
                 "weights": [weights for _, weights in nodes],
-                "moments": {str(power): asdict(krylov.moment(power)) for power in (1, 2)},
+                "moments": {str(power): asdict(krylov.moment(power)) for power in (1, 2) if krylov.has_moment(power)},
                 "smallest": smallest,
                 "largest": largest,
             }
@@ -199,6 +203,7 @@ class _Taker:
         return {
             "top_eigenvalues": [] if pairs is None else pairs.values,
             "eigenvalue_residuals": [] if pairs is None else pairs.residuals,
+            "eigenvalues_converged": _are_good(pairs, number, plan.eigenvalue_tolerance),
         }
 
     def ball(self) -> dict[str, Any]:
@@ -303,6 +308,8 @@ def summarize(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         add(f"{prefix}adaptive_{kind}", figures.get(f"adaptive_{kind}"))
     if figures.get("top_eigenvalues"):
         add(f"{prefix}top_eigenvalue", figures["top_eigenvalues"][0])
+        if not figures.get("eigenvalues_converged", True):
+            flat[f"{prefix}top_eigenvalue_converged"] = False
     if "spectrum" in figures:
         add(f"{prefix}smallest_eigenvalue", figures["spectrum"]["smallest"])
     for group in ("ball", "average"):

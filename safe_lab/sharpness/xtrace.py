@@ -87,7 +87,14 @@ def xtrace(
 
 
 def deflated(
-    products: Products, basis_DM: Tensor, of_basis_DM: Tensor, read: Read, generator: torch.Generator, *, then: int = 4
+    products: Products,
+    basis_DM: Tensor,
+    of_basis_DM: Tensor,
+    read: Read,
+    generator: torch.Generator,
+    *,
+    first: int = 8,
+    then: int = 4,
 ) -> Iterator[tuple[list[Estimate], int]]:
     r"""The trace with the help of a basis whose products are known already, as Lanczos leaves one.
 
@@ -105,6 +112,7 @@ def deflated(
         of_basis_DM: A Q.
         read: What to read.
         generator: Of the random vectors, on the CPU.
+        first: Fewest products to begin with.
         then: Products to add each time.
 
     Yields:
@@ -116,7 +124,9 @@ def deflated(
         return
     for samples_RK in _sample_beside(products, basis_DM, of_basis_DM, read, generator, then):
         count = samples_RK.shape[1]
-        yield estimates(samples_RK.mean(1), samples_RK.std(1) / count**0.5), count
+        # The error of fewer is itself so uncertain that to stop by it would favour samples in which it is too small.
+        if count >= first:
+            yield estimates(samples_RK.mean(1), samples_RK.std(1) / count**0.5), count
 
 
 def _sample_beside(
