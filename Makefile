@@ -9,7 +9,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,sharpness,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,sharpness,postgresql,dev]"
 	# What tests hold the curvature against. Without its dependencies, of which torchvision in a build for CUDA keeps transformers
 	# from loading any model where torch is the CPU's.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps curvlinops-for-pytorch backpack-for-pytorch \
@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/safe-lab train experiments/quickstart.yaml --overwrite
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safe_lab.adapters import attach, base_weights, find_units
     from safe_lab.config import Config, load
+    from safe_lab.decision import FreezingRule
     from safe_lab.folding import fold, unfold
-    from safe_lab.freezing import Freezer, FreezingRule, Scoring
+    from safe_lab.freezing import Freezer, Scoring
     from safe_lab.importance import METRICS
     from safe_lab.memory import Ledger, Trace, split_batch
     from safe_lab.prefix import ActivationCache, Prefix
@@ -32,7 +33,7 @@ _HOME = {
     "ConfigError": "section",
     "load": "config",
     "Freezer": "freezing",
-    "FreezingRule": "freezing",
+    "FreezingRule": "decision",
     "Scoring": "freezing",
     "METRICS": "importance",
     "Processes": "processes",

@@ -24,7 +24,8 @@ from safe_lab.config import Config, FreezingSection, TrainingSection
 from safe_lab.console import Console
 from safe_lab.data import Collator, Data, EpochBatchSampler, load_data
 from safe_lab.data.loaders import build_eval_loader, build_probe, build_train_loader, iterate_blocks
-from safe_lab.freezing import Freezer, FreezingRule
+from safe_lab.decision import FreezingRule
+from safe_lab.freezing import Freezer
 from safe_lab.gauging import build_gauge, measure_during_training
 from safe_lab.gauging import check as check_gauge
 from safe_lab.importance.probe import Batch, undisturbed

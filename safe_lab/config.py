@@ -438,12 +438,7 @@ class Config(Section):
     @field_validator("name", "variant")
     @classmethod
     def _plain_folder_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[\w][\w.+=,-]{0,99}", name):
-            raise PydanticCustomError(
-                "folder",
-                f"{name!r} is no plain folder name: up to 100 letters, digits and . _ + = , - are allowed, and no leading dot",
-            )
-        return name
+        return plain_folder_name(name)
 
     @property
     def run_folder(self) -> Path:
@@ -479,6 +474,15 @@ def build(tree: Mapping[str, Any]) -> Config:
         ConfigError: With one line for every fault found.
     """
     return check(Config, tree)
+
+
+def find_faults(tree: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a tree of plain values, a line each."""
+    try:
+        build(tree)
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
 
 
 def dump(config: Config) -> str:
@@ -556,6 +560,16 @@ def warnings(config: Config) -> list[str]:
     if training.early_stopping and training.eval_every == "never":
         found.append("training.early_stopping has no effect with eval_every: never")
     return found
+
+
+def plain_folder_name(name: str) -> str:
+    """The name, if a folder can be called so; a fault of the schema if not."""
+    if not re.fullmatch(r"[\w][\w.+=,-]{0,99}", name):
+        raise PydanticCustomError(
+            "folder",
+            f"{name!r} is no plain folder name: up to 100 letters, digits and . _ + = , - are allowed, and no leading dot",
+        )
+    return name
 
 
 def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from safe_lab import memory
 from safe_lab.data import Task, compute_metrics
+from safe_lab.data.tasks import metric_key
 from safe_lab.importance.probe import Batch
 from safe_lab.processes import ALONE, Processes
 
@@ -82,12 +83,3 @@ def _in_turn(shares: Sequence[Sequence[Output]]) -> Iterator[Output]:
     """
     for turn in zip_longest(*shares):
         yield from (output for output in turn if output is not None)
-
-
-def metric_key(split: str, metric: str) -> str:
-    """The key of a metric: ``validation/accuracy``, and ``validation_matched/accuracy`` where there are several splits.
-
-    >>> metric_key("validation", "f1"), metric_key("matched", "accuracy")
-    ('validation/f1', 'validation_matched/accuracy')
-    """
-    return f"{split if split == 'validation' else f'validation_{split}'}/{metric}"

@@ -17,70 +17,22 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from safe_lab.decision import DEFAULT_RULE, Decider, FreezingRule
 from safe_lab.importance import METRICS
 from safe_lab.importance.probe import Batch, LossFunction, Probe, count_examples, share_of, undisturbed
 from safe_lab.importance.update_norm import Initial
-from safe_lab.policy import POLICIES, PredictedSavings, State, frozen_depth, importance_shares, normalize
+from safe_lab.policy import POLICIES, PredictedSavings
 from safe_lab.processes import ALONE, Processes
-from safe_lab.schedule import CURVES, is_settled, threshold
 from safe_lab.sharding import is_sharded
-from safe_lab.suggest import did_you_mean
 from safe_lab.units import Unit
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FreezingRule:
-    """What freezes when; see the ``freezing`` section of the YAML for each field.
-
-    Times are counted in scorings, from 1.
-    """
-
-    policy: str = "safe"
-    metric: str = "cka"
-    metric_options: Mapping[str, Any] = field(default_factory=dict)
-    normalize: str = "none"
-    warmup: int | Literal["stable"] = 1
-    stable_share: float = 0.05
-    final: int = 6
-    curve: str = "cubic"
-    stairs: int = 4
-    final_threshold: float = 0.05
-    final_share: float = 0.5
-    final_importance: float = 0.1
-    refresh: bool = True
-
-    def __post_init__(self) -> None:
-        """Check names and ranges.
-
-        Raises:
-            ValueError: A policy, metric, option or curve that does not exist, or a number out of range.
-        """
-        for what, name, known in (
-            ("policy", self.policy, POLICIES),
-            ("metric", self.metric, METRICS),
-            ("curve", self.curve, CURVES),
-        ):
-            if name not in known:
-                raise ValueError(f"{name!r} is no {what}{did_you_mean(name, known)}; there are {', '.join(known)}")
-        METRICS[self.metric].check_options(self.metric_options)
-        normalize([], self.normalize)
-        if self.warmup == "stable":
-            if not POLICIES[self.policy].uses_scores:
-                raise ValueError(f"warmup: stable needs scores to settle, and policy {self.policy} has none")
-        elif not isinstance(self.warmup, int) or not 0 <= self.warmup <= self.final:
-            raise ValueError(f"warmup (t_w) is {self.warmup!r}: from 0 to final (t_f), {self.final}, or stable")
-        if self.stairs < 1 or not self.stable_share > 0:
-            raise ValueError("stairs must be at least 1, and stable_share positive")
-        if not (0 <= self.final_share <= 1 and 0 <= self.final_importance <= 1):
-            raise ValueError("final_share and final_importance must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -135,7 +87,7 @@ class Freezer:
         optimizer: torch.optim.Optimizer,
         batches: Sequence[Batch],
         loss_function: LossFunction,
-        rule: FreezingRule = FreezingRule(),
+        rule: FreezingRule = DEFAULT_RULE,
         *,
         seed: int = 0,
         savings: PredictedSavings | None = None,
@@ -186,15 +138,11 @@ class Freezer:
         self._batches = batches
         self._loss_function = loss_function
         self._seed = seed
-        self._savings = savings
+        self._decider = Decider(rule, len(units), seed=seed, savings=savings)
         # Accelerate wraps the optimizer; state and hooks live on the one inside.
         self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._optimizer.register_step_pre_hook(self._hold_frozen)
-        self._t = 0
-        self._frozen: set[int] = set()
         self._held: list[nn.Parameter] = []
-        self._scores: list[float] | None = None
-        self._warmup_end = rule.warmup if isinstance(rule.warmup, int) else None
         self._memory: dict[str, Any] = {}
         self._reference_is_current = reference_is_current
         self._processes = processes
@@ -208,17 +156,17 @@ class Freezer:
     @property
     def frozen(self) -> list[bool]:
         """Whether a unit is frozen, by unit."""
-        return [i in self._frozen for i in range(len(self.units))]
+        return [i in self._decider.frozen for i in range(len(self.units))]
 
     @property
     def frozen_share(self) -> float:
         """Share of the units that are frozen, in [0, 1]."""
-        return len(self._frozen) / len(self.units)
+        return len(self._decider.frozen) / len(self.units)
 
     @property
     def frozen_depth(self) -> int:
         """Length of the frozen run of units from the input."""
-        return frozen_depth(self._frozen, len(self.units))
+        return self._decider.frozen_depth
 
     @property
     def batches(self) -> Sequence[Batch]:
@@ -244,26 +192,7 @@ class Freezer:
     @property
     def level(self) -> float | None:
         """tau_t at the last scoring, or the share of the units or their importance that the schedule gave; None without such."""
-        if self._policy.level == "none":
-            return None
-        return threshold(
-            self._t,
-            start=self._warmup_end,
-            end=self.rule.final,
-            final=self._final_level,
-            curve=self.rule.curve,
-            stairs=self.rule.stairs,
-        )
-
-    @property
-    def _final_level(self) -> float:
-        finals = {
-            "threshold": self.rule.final_threshold,
-            "share": self.rule.final_share,
-            "importance": self.rule.final_importance,
-            "none": 0.0,
-        }
-        return finals[self._policy.level]
+        return self._decider.level
 
     def step(self, step: int) -> Scoring:
         """Score the live units, decide, freeze. To be called once an interval.
@@ -274,87 +203,39 @@ class Freezer:
         Raises:
             FloatingPointError: A score is NaN or infinite; nothing is frozen.
         """
-        began = time.perf_counter()
-        previous = self._scores
-        if self._policy.uses_scores and (
-            self.rule.refresh or self._warmup_end is None or self._t < max(self._warmup_end, 1)
-        ):
-            self._scores = self._score(step)
-        self._t += 1
-        if self._warmup_end is None and previous is not None and self._scores is not None:
-            self._warmup_end = self._t if is_settled(previous, self._scores, share=self.rule.stable_share) else None
-        normalized = None if self._scores is None else normalize(self._scores, self.rule.normalize)
-        warm = self._warmup_end is not None and self._t >= self._warmup_end
-        froze = self._processes.broadcast(
-            self._policy.select(
-                State(
-                    scores=normalized or [],
-                    level=self.level or 0.0,
-                    frozen=self._frozen,
-                    num_units=len(self.units),
-                    warm=warm,
-                    seed=self._seed,
-                    savings=self._savings,
-                    final_level=self._final_level,
-                )
-            )
-        )
-        self._warn_of_odd_threshold(normalized, froze)
+        began, decider = time.perf_counter(), self._decider
+        decision = decider.decide(self._score(step) if decider.wants_scores else None)
+        froze = self._processes.broadcast(decision.freezes)
+        self._warn_of_odd_threshold(decision.normalized, froze)
         freeze_began = time.perf_counter()
         self._freeze(froze)
         freeze_seconds = time.perf_counter() - freeze_began
         with undisturbed(self.model):
             update_norms = METRICS["update_norm"].score(self._probe(self.units, self._start))
         return Scoring(
-            t=self._t,
+            t=decider.t,
             step=step,
-            scores=None if self._scores is None else list(self._scores),
-            normalized=normalized,
-            level=self.level,
+            scores=decision.scores,
+            normalized=decision.normalized,
+            level=decision.level,
             update_norms=update_norms,
             froze=froze,
             frozen=self.frozen,
             frozen_depth=self.frozen_depth,
-            warmup_end=self._warmup_end,
+            warmup_end=decider.warmup_end,
             seconds=time.perf_counter() - began,
             freeze_seconds=freeze_seconds,
         )
 
     def explain_idle(self) -> str | None:
         """Why nothing has frozen, in a sentence for the person; None if something has, or nothing was to."""
-        if self._frozen or self.rule.policy == "none":
-            return None
-        if not self._t:
-            return "nothing froze: the run ended before its first scoring (freezing.interval)"
-        if self._warmup_end is None:
-            return f"nothing froze: the scores never settled to within {self.rule.stable_share:.0%}, so warm-up did not end"
-        if self.level is None:
-            return f"nothing froze: after {self._t} scorings warm-up (t_w = {self._warmup_end}) was not over"
-        if self._scores is None:
-            return f"nothing froze: after {self._t} scorings the schedule stands at {self.level}"
-        normalized = normalize(self._scores, self.rule.normalize)
-        if self._policy.level == "importance":
-            share = min(importance_shares(normalized))
-            too_small = share > self.level or self.level < self._final_level
-            return (
-                f"nothing froze: after {self._t} scorings the budget is {self.level:.3g} of all importance, and the smallest "
-                f"share of a unit {share:.3g}; "
-                + ("raise final_importance, or lower final" if too_small else "what fits would save nothing")
-            )
-        smallest = min(normalized)
-        return (
-            f"nothing froze: after {self._t} scorings the threshold is {self.level:.3g}, and the smallest score {smallest:.3g}; "
-            "raise final_threshold, lower final, or normalize the scores"
-        )
+        return self._decider.explain_idle()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides about later scorings: plain values and tensors."""
         return {
             "units": [unit.name for unit in self.units],
-            "t": self._t,
-            "frozen": sorted(self._frozen),
-            "scores": self._scores,
-            "warmup_end": self._warmup_end,
+            **self._decider.state_dict(),
             "memory": copy.deepcopy(self._memory),
             "start": {name: asdict(start) for name, start in self._start.items()},
         }
@@ -373,20 +254,18 @@ class Freezer:
             raise ValueError(
                 f"the freezing state is of {len(state['units'])} other units than the model's {len(names)}"
             )
-        if not self._frozen <= set(state["frozen"]):
+        if not self._decider.frozen <= set(state["frozen"]):
             raise ValueError(
                 "units are frozen that are not frozen in the state, and freezing is for good: build it anew"
             )
-        self._t = state["t"]
-        self._scores = state["scores"]
-        self._warmup_end = state["warmup_end"]
+        self._decider.load_state_dict(state)
         self._memory = copy.deepcopy(dict(state["memory"]))
         self._start = {name: Initial(**start) for name, start in state["start"].items()}
         self._freeze(state["frozen"])
 
     def _score(self, step: int) -> list[float]:
-        live = [i for i in range(len(self.units)) if i not in self._frozen]
-        scores = list(self._scores) if self._scores is not None else [math.nan] * len(self.units)
+        live = [i for i in range(len(self.units)) if i not in self._decider.frozen]
+        scores = list(self._decider.scores) if self._decider.scores is not None else [math.nan] * len(self.units)
         if live:
             probe = self._probe([self.units[i] for i in live], self._reference)
             with undisturbed(self.model):
@@ -409,7 +288,7 @@ class Freezer:
             loss_function=self._loss_function,
             optimizer=self._optimizer,
             seed=self._seed,
-            scoring=self._t,
+            scoring=self._decider.t,
             reference=reference,
             memory=self._memory,
             reference_is_current=self._reference_is_current,
@@ -418,15 +297,15 @@ class Freezer:
 
     def _freeze(self, indices: Sequence[int]) -> None:
         """The effect of a freeze event, in one place; safe to repeat."""
-        self._frozen.update(indices)
+        self._decider.freeze(indices)
         # A weight that several units share freezes with the last of them.
         live = {
             id(parameter)
             for i, unit in enumerate(self.units)
-            if i not in self._frozen
+            if i not in self._decider.frozen
             for parameter in unit.parameters.values()
         }
-        frozen = [parameter for i in sorted(self._frozen) for parameter in self.units[i].parameters.values()]
+        frozen = [parameter for i in sorted(self._decider.frozen) for parameter in self.units[i].parameters.values()]
         self._held = [parameter for parameter in frozen if id(parameter) not in live]
         changes = any(parameter.requires_grad for parameter in self._held)
         for parameter in self._held:
@@ -460,4 +339,4 @@ class Freezer:
                 if self._policy.level == "importance"
                 else "the threshold %.3g lies above every score"
             )
-            log.warning("scoring %d freezes all %d units at once: " + why, self._t, len(froze), self.level)
+            log.warning("scoring %d freezes all %d units at once: " + why, self._decider.t, len(froze), self.level)

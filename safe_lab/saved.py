@@ -238,14 +238,15 @@ def measure_between(
             raise ConfigError(f"{path}: has other base weights than {paths[0]}: there is no line between them")
         elif run.gauge.fingerprint != first.gauge.fingerprint:
             log.warning(
-                "%s has trained on other rows: losses between the runs are over those of %s", run.name, first.name
+                "%s would be measured on other rows: losses between the runs are over those of %s", run.name, first.name
             )
     assert first is not None
     console.say(f"{', '.join(positions)}: measuring between them")
     found = _take_between(first, positions, processes)
+    figures = asdict(found) | {"sample_of": first.name, "fingerprint": first.gauge.fingerprint}
     if processes.is_main:
-        _draw_between(found, output or _folder_of(paths) / "sharpness", console)
-    return asdict(found)
+        _draw_between(found, figures, output or _folder_of(paths) / "sharpness", console)
+    return figures
 
 
 def _begin(configs: Sequence[Config], overrides: Sequence[str]) -> tuple[torch.device, Processes]:
@@ -273,11 +274,11 @@ def _take_between(run: SavedRun, positions: Mapping[str, Tensor], processes: Pro
             raise ConfigError(str(error)) from error
 
 
-def _draw_between(found: Slice1D | Slice2D, place: Path, console: Console) -> None:
+def _draw_between(found: Slice1D | Slice2D, figures: Mapping[str, Any], place: Path, console: Console) -> None:
     from safe_lab.sharpness import plots
 
     place.mkdir(parents=True, exist_ok=True)
-    RunFolder(place).write("between.json", to_json(asdict(found)))
+    RunFolder(place).write("between.json", to_json(figures))
     lines = [found] if isinstance(found, Slice1D) else found.sides
     for line in lines:
         heights = (f"{sample} {plots.format_number(height)}" for sample, height in line.barriers.items())

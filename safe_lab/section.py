@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,22 @@ def override(tree: dict[str, Any], assignment: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"{key}: {parent} holds a value, not a section")
     tree[last] = _parse(value, where=key)
+
+
+def override_copy(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with some values set.
+
+    Args:
+        tree: As from :func:`read_tree`; it stays as it is.
+        values: By dotted key.
+
+    Raises:
+        ConfigError: A key leads through a value.
+    """
+    changed = copy.deepcopy(dict(tree))
+    for key, value in values.items():
+        override(changed, f"{key}={yaml_core.write(value, flow=True)}")
+    return changed
 
 
 def override_all(tree: dict[str, Any], assignments: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, WandBTracker
 
@@ -36,7 +36,7 @@ GRADIENT_BYTES = "resources/gradient_bytes_per_step"
 RESOURCES = "resources/{name}"
 # Each figure of what freezing is turned into: Trainer's effect.
 SAVINGS = "savings/{name}"
-# <split>/<metric> for each validation split and task metric, e.g. validation/accuracy: see evaluation.metric_key.
+# <split>/<metric> for each validation split and task metric, e.g. validation/accuracy: see data.tasks.metric_key.
 ADAPTER_SCORE = "adapter/{depth}/score"
 ADAPTER_NORMALIZED = "adapter/{depth}/normalized_score"
 ADAPTER_FROZEN = "adapter/{depth}/frozen"
@@ -221,14 +221,70 @@ def start_trackers(
     return started
 
 
+def log_study(
+    *,
+    mode: Literal["offline", "online"],
+    project: str,
+    name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    pictures: Mapping[str, Any],
+) -> None:
+    """Send what a study came to, as a W&B run in the group of its trials' runs; a W&B that fails is told and left.
+
+    Args:
+        mode: ``offline`` or ``online``.
+        project: Project name.
+        name: Of the study, by which its trials' runs are grouped too.
+        folder: Where W&B puts its files.
+        config: What the study searches.
+        rows: A row for each trial, all with the same columns.
+        summary: What it came to.
+        pictures: Plotly's figures, by name.
+    """
+    try:
+        import wandb
+
+        _require_key(mode)
+        settings = wandb.Settings(silent=True, console="off")
+        run = wandb.init(
+            project=project,
+            name=name,
+            group=name,
+            job_type="sweep",
+            dir=str(folder),
+            mode=mode,
+            config=dict(config),
+            settings=settings,
+        )
+        if rows:
+            columns: list[str | int] = list(rows[0])
+            data = [[_cell(value) for value in row.values()] for row in rows]
+            run.log({"trials": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+        for title, picture in pictures.items():
+            run.log({f"pictures/{title}": wandb.Plotly(picture)})
+        run.summary.update(dict(summary))
+        run.finish()
+    except Exception as error:  # noqa: BLE001 - whatever a tracker's code raises, the study has ended well
+        log.warning("tracker wandb failed and is left: %s: %s", type(error).__name__, error)
+
+
+def _require_key(mode: str) -> None:
+    import wandb
+
+    # W&B asks for a key on the terminal where it finds none, and nothing must wait for that.
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.Api().api_key):
+        raise RuntimeError("no API key: run `wandb login` first, or set tracking.wandb=offline")
+
+
 def _start_wandb(
     mode: str, project: str, name: str, group: str, folder: Path, config: Mapping[str, Any]
 ) -> GeneralTracker:
     import wandb
 
-    # W&B asks for a key on the terminal where it finds none, and a training must not wait for that.
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.Api().api_key):
-        raise RuntimeError("no API key: run `wandb login` first, or set tracking.wandb=offline")
+    _require_key(mode)
     settings = wandb.Settings(silent=True, console="off")
     tracker = WandBTracker(project, name=name, group=group, dir=str(folder), mode=mode, settings=settings)
     tracker.start()

@@ -17,7 +17,8 @@ from safe_lab import tracking
 from safe_lab.config import TrainingSection
 from safe_lab.console import Console
 from safe_lab.data import EpochBatchSampler, Task
-from safe_lab.evaluation import evaluate, metric_key
+from safe_lab.data.tasks import metric_key
+from safe_lab.evaluation import evaluate
 from safe_lab.freezing import Freezer
 from safe_lab.importance.probe import Batch, LossFunction
 from safe_lab.losses import Losses

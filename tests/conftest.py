@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tiny import FAMILIES, save_tiny_model, write_csv
+from tiny import FAMILIES, save_tiny_model, tiny_tree_in, write_csv
 
 pytest.register_assert_rewrite("parallel")
 
@@ -32,23 +32,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture
 def tiny_tree(tiny_folder, tmp_path):
     """The YAML tree of a run that takes a second."""
-    return {
-        "name": "tiny",
-        "output_dir": str(tmp_path / "runs"),
-        "model": {"path": str(tiny_folder)},
-        "data": {"task": "classification", "path": str(write_csv(tmp_path / "data.csv")), "max_length": 16},
-        "adapter": {"method": "lora", "rank": 2, "alpha": 4, "target_modules": ["query", "value"]},
-        "training": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "log_every": 2},
-        "freezing": {
-            "metric": "cka",
-            "normalize": "rank",
-            "interval": 5,
-            "warmup": 1,
-            "final": 3,
-            "final_threshold": 0.55,
-        },
-        "tracking": {"wandb": "disabled"},
-    }
+    return tiny_tree_in(tmp_path, tiny_folder)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "safe_lab"
 LAYERS = [
     {
         "byte_size",
+        "child",
         "suggest",
         "shapes",
         "yaml_core",
@@ -26,16 +27,17 @@ LAYERS = [
     },
     {"schedule", "policy", "importance", "data", "sharpness"},
     {"config"},
+    {"decision"},
     {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation", "memory"},
     {"optimizer", "resources", "plan", "prefix", "export", "folding", "gauging"},
-    {"savings", "tracking", "losses", "micro_batches", "training_state"},
+    {"savings", "tracking", "losses", "figures", "micro_batches", "training_state"},
     {"console"},
     {"trainer"},
     {"job"},
     {"build"},
     {"saved"},
     {"run"},
-    {"bench"},
+    {"bench", "sweep"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -46,6 +48,7 @@ PURE = {
     "schedule",
     "policy",
     "importance",
+    "decision",
     "freezing",
     "suggest",
     "processes",
@@ -56,9 +59,10 @@ PURE = {
 ONLY_IN = {
     "accelerate": {"trainer", "job", "build", "saved", "tracking"},
     "wandb": {"tracking"},
+    "optuna": {"sweep"},
     "peft": {"adapters"},
     "matplotlib": {"sharpness"},
-    "plotly": {"sharpness"},
+    "plotly": {"sharpness", "sweep"},
 }
 
 
@@ -109,3 +113,9 @@ def test_public_names_exist_and_cost_nothing_until_used():
         "assert not {'wandb', 'optuna', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_no_two_test_files_bear_one_name() -> None:
+    """pytest imports test files by their base names: two of one name and it collects only the first."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

@@ -11,6 +11,7 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import nn
 
 from safe_lab.adapters import attach, find_units, tuner_layers
+from safe_lab.decision import FreezingRule
 from safe_lab.folding import (
     MAX_ROWS,
     Folding,
@@ -21,7 +22,7 @@ from safe_lab.folding import (
     restore_folding,
     unfold,
 )
-from safe_lab.freezing import Freezer, FreezingRule
+from safe_lab.freezing import Freezer
 
 LINEAR = ["query", "key", "value", "dense"]
 METHODS = {

@@ -8,7 +8,8 @@ from tiny import tiny_batch, tiny_model
 from torch import nn
 
 from safe_lab.adapters import attach, find_units
-from safe_lab.freezing import Freezer, FreezingRule
+from safe_lab.decision import FreezingRule
+from safe_lab.freezing import Freezer
 from safe_lab.memory import Ledger
 from safe_lab.policy import PredictedSavings
 from safe_lab.units import Unit

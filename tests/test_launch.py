@@ -74,7 +74,7 @@ def is_alive(pid):
         return False
 
 
-@pytest.mark.parametrize(("rank", "environment"), [(0, {}), (1, {}), (1, FSDP)])
+@pytest.mark.parametrize(("rank", "environment"), [(0, {}), (1, FSDP)])
 def test_a_killed_process_ends_the_job_and_resume_goes_on_to_the_same_bits(rank, environment, tiny_tree, tmp_path):
     tiny_tree["training"] |= {"epochs": 12}
     tiny_tree["freezing"] |= {"interval": 8}
@@ -201,7 +201,7 @@ def test_the_place_among_processes_is_read_from_the_environment():
     assert not launch.is_one_of_several({"WORLD_SIZE": "1"})
 
 
-@pytest.fixture(params=["one machine", pytest.param("two hosts", marks=pytest.mark.hosts)])
+@pytest.fixture
 def nodes(request):
     """Two machines for the launcher: what a command begins with on each, its network interface, and the address of the first.
 
@@ -233,7 +233,14 @@ def nodes(request):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["copies", "fsdp2"])
+@pytest.mark.parametrize(
+    ("nodes", "environment"),
+    [
+        pytest.param("one machine", {}, id="one machine, copies"),
+        pytest.param("two hosts", FSDP, id="two hosts, fsdp2", marks=pytest.mark.hosts),
+    ],
+    indirect=["nodes"],
+)
 def test_machines_need_no_disk_in_common(environment, nodes, tiny_tree, tmp_path):
     """Two machines with two processes each; each has an output folder of its own."""
     before, interface, address = nodes

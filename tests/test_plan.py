@@ -15,7 +15,8 @@ from tiny import FAMILIES
 from safe_lab import config as configuration
 from safe_lab.adapters import attach, build_peft_config, find_units
 from safe_lab.byte_size import format_bytes
-from safe_lab.freezing import Freezer, FreezingRule
+from safe_lab.decision import FreezingRule
+from safe_lab.freezing import Freezer
 from safe_lab.memory import Ledger
 from safe_lab.memory.budget import largest_within
 from safe_lab.model import checkpoint_gradients, head_modules, load_config

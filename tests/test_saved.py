@@ -10,8 +10,9 @@ from parallel import free_port
 from safetensors.torch import load_file, save_file
 from test_gauging import SMALL, sharpness_of, without_times
 from test_run import config_of
-from tiny import FAMILIES, save_tiny_model
+from tiny import FAMILIES, save_tiny_model, tiny_tree_in
 
+from safe_lab import config as configuration
 from safe_lab.cli import main
 from safe_lab.run import run
 from safe_lab.run_folder import hold
@@ -21,11 +22,20 @@ from safe_lab.section import ConfigError
 SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_folder, tmp_path_factory):
+    """The runs of one training."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(config_of(tiny_tree_in(folder, tiny_folder)))
+    return folder / "runs"
+
+
 @pytest.fixture
-def finished(tiny_tree):
-    """A run that was not measured."""
+def finished(trained, tiny_tree):
+    """A run that was not measured, in a folder of the test's own, with data of its own."""
     config = config_of(tiny_tree)
-    run(config)
+    shutil.copytree(trained, config.output_dir)
+    (config.run_folder / "config.yaml").write_text(configuration.dump(config))
     return config
 
 
@@ -136,7 +146,9 @@ def test_between_two_runs_there_is_a_line_and_between_three_a_plane(tiny_tree, t
         two["losses"]["training"][two["positions"].index(1.0)], rel=1e-6
     )
     # One file's rows are held out by the seed.
-    assert "has trained on other rows: losses between the runs are over those of tiny/default/seed-0" in caplog.text
+    assert (
+        "would be measured on other rows: losses between the runs are over those of tiny/default/seed-0" in caplog.text
+    )
     with pytest.raises(ConfigError, match="a line between two runs and a plane through three, got 1"):
         measure_between(folders[:1], quick)
     with pytest.raises(ConfigError, match="a run was named twice"):

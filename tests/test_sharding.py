@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification
 
 from safe_lab import run as runs
 from safe_lab.adapters import base_weights, find_units
-from safe_lab.freezing import Freezer, FreezingRule
+from safe_lab.decision import FreezingRule
+from safe_lab.freezing import Freezer
 from safe_lab.importance import METRICS
 from safe_lab.memory import Ledger
 from safe_lab.model import loss_function

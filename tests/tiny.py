@@ -124,6 +124,27 @@ def write_csv(path, *, rows=48, seed=0):
     return path
 
 
+def tiny_tree_in(folder, model):
+    """The YAML tree of a run that takes a second, with its data in a folder, and its runs."""
+    return {
+        "name": "tiny",
+        "output_dir": str(folder / "runs"),
+        "model": {"path": str(model)},
+        "data": {"task": "classification", "path": str(write_csv(folder / "data.csv")), "max_length": 16},
+        "adapter": {"method": "lora", "rank": 2, "alpha": 4, "target_modules": ["query", "value"]},
+        "training": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "log_every": 2},
+        "freezing": {
+            "metric": "cka",
+            "normalize": "rank",
+            "interval": 5,
+            "warmup": 1,
+            "final": 3,
+            "final_threshold": 0.55,
+        },
+        "tracking": {"wandb": "disabled"},
+    }
+
+
 def random_batch(rows=16, columns=36, *, seed=0, left=False, num_labels=2, shortest=2):
     """Rows of random lengths, the longest of which fills all columns."""
     generator = torch.Generator().manual_seed(seed)

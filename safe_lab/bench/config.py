@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from safe_lab import config as configuration
-from safe_lab import run_folder, yaml_core
+from safe_lab import run_folder
 from safe_lab.config import Config, Count
-from safe_lab.section import ConfigError, Section, check, override, override_all, read_tree
+from safe_lab.section import ConfigError, Section, check, override_all, override_copy, read_tree
 from safe_lab.suggest import did_you_mean
 
 # What of a run's configuration the baseline of transformers has a counterpart for.
@@ -113,13 +113,15 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, repetitions: int | 
     # What the variants compare is training: trackers are measured only where they are asked for.
     if isinstance(base.setdefault("tracking", {}), dict):
         base["tracking"].setdefault("wandb", "disabled")
-    in_base = _faults_of(base)
+    in_base = configuration.find_faults(base)
     faults += [f"base.{fault}" for fault in in_base]
     configs: dict[str, Config] = {}
     for name, variant in settings.variants.items():
         try:
-            tree = _override(base, variant.overrides) | {"variant": name}
-            found = [fault for fault in _faults_of(tree) if fault not in in_base] + _without_effect(variant, tree)
+            tree = override_copy(base, variant.overrides) | {"variant": name}
+            found = [fault for fault in configuration.find_faults(tree) if fault not in in_base] + _without_effect(
+                variant, tree
+            )
         except ConfigError as fault:
             found = [f"overrides.{fault}"]
         faults += [f"variants.{name}: {fault}" for fault in found]
@@ -136,21 +138,6 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, repetitions: int | 
 
 def _trains_plainly(config: Config) -> bool:
     return config.freezing.policy == "none" and config.memory.budget is None and config.savings.trim_padding is None
-
-
-def _override(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    tree = copy.deepcopy(dict(base))
-    for key, value in overrides.items():
-        override(tree, f"{key}={yaml_core.write(value, flow=True)}")
-    return tree
-
-
-def _faults_of(tree: Mapping[str, Any]) -> list[str]:
-    try:
-        configuration.build(tree)
-    except ConfigError as error:
-        return str(error).splitlines()
-    return []
 
 
 def _without_effect(variant: VariantSection, tree: Mapping[str, Any]) -> list[str]:

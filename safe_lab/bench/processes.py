@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +15,7 @@ from typing import Any
 
 from safe_lab import config as configuration
 from safe_lab.bench.config import Bench
+from safe_lab.child import last_lines, num_threads, started, why_ended
 from safe_lab.config import Config
 from safe_lab.run_folder import RunFolder, to_json
 from safe_lab.section import ConfigError
@@ -36,7 +35,6 @@ FIGURES = (
     "train_loss",
 )
 _ALWAYS_MEASURED = ("metric", "wall_seconds", "cpu_seconds", "flops", "peak_bytes")
-_LAST_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def measure(
         with _started(bench, variant, files.path, stem) as process:
             while process.poll() is None:
                 show(
-                    f"{title}: {time.perf_counter() - began:.0f} s  {_last_lines(files.path / f'{stem}.log', 1)}", False
+                    f"{title}: {time.perf_counter() - began:.0f} s  {last_lines(files.path / f'{stem}.log', 1)}", False
                 )
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1)
@@ -141,8 +139,8 @@ def measure(
             answer_path.unlink()
             outcome = _outcome(measurement)
         else:
-            failure = f"{_reason(process.returncode)}\n{_cause(files.path / f'{stem}.log')}"
-            measurement = Measurement(variant, repetition, {}, (), {}, {}, failure.strip())
+            failure = why_ended(process.returncode, files.path / f"{stem}.log")
+            measurement = Measurement(variant, repetition, {}, (), {}, {}, failure)
             outcome = "failed, " + " ".join(failure.splitlines()[:2])
         failed += bool(measurement.failure)
         files.write(f"{stem}.json", to_json({"trainer": bench.settings.variants[variant].trainer, **vars(measurement)}))
@@ -183,39 +181,18 @@ def _has_figures(figures: Mapping[str, object]) -> bool:
 @contextmanager
 def _started(bench: Bench, variant: str, folder: Path, stem: str) -> Iterator[subprocess.Popen[bytes]]:
     settings = bench.settings
-    environment = os.environ | {
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    if settings.threads is not None:
-        environment |= {"OMP_NUM_THREADS": str(settings.threads), "MKL_NUM_THREADS": str(settings.threads)}
+    environment = {} if settings.threads is None else num_threads(settings.threads)
     if settings.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     else:
         # One: transformers.Trainer spreads a batch over all the GPUs it sees.
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    command = [
-        *(sys.executable, "-m", "safe_lab.bench.worker"),
-        *(settings.variants[variant].trainer, settings.device or "any"),
+    arguments = [
+        *("safe_lab.bench.worker", settings.variants[variant].trainer, settings.device or "any"),
         *(str(folder / f"{stem}.yaml"), str(folder / f".answer-{stem}.json")),
     ]
-    with (folder / f"{stem}.log").open("wb") as log_file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # closes when this process ends, and the other ends then
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,  # Ctrl-C comes here alone
-        )
-    try:
+    with started(arguments, folder / f"{stem}.log", environment) as process:
         yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def _read_answer(variant: str, repetition: int, answer: Mapping[str, Any]) -> Measurement:
@@ -239,24 +216,3 @@ def _read_answer(variant: str, repetition: int, answer: Mapping[str, Any]) -> Me
     assert tuple(figures) == FIGURES
     losses = tuple((step, loss) for step, loss in answer["losses"])
     return Measurement(variant, repetition, figures, losses, resources, answer["environment"])
-
-
-def _reason(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    name = signal.Signals(-code).name
-    return f"ended by {name}" + (" (was memory short?)" if name == "SIGKILL" else "")
-
-
-def _cause(log: Path) -> str:
-    """Why a process ended: what it said of it, or the last lines of its log."""
-    lines = _last_lines(log, _LAST_LINES)
-    said = [line for line in lines.splitlines() if line.startswith("stopped: ")]
-    return said[-1] if said else lines
-
-
-def _last_lines(path: Path, count: int) -> str:
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - 4096))
-        lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines()]
-    return "\n".join([line for line in lines if line][-count:])

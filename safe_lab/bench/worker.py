@@ -6,14 +6,13 @@ write.
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safe_lab import config as configuration
+from safe_lab.child import end_with_parent
 from safe_lab.config import Config
 from safe_lab.run_folder import RunFolder, to_json
 from safe_lab.section import ConfigError
@@ -22,7 +21,7 @@ from safe_lab.section import ConfigError
 def main(arguments: Sequence[str]) -> int:
     """Train and answer; returns the exit code."""
     trainer, device, config_file, answer_file = arguments
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         _require(device)
         config = configuration.load(config_file)
@@ -65,12 +64,6 @@ def train_baseline(config: Config) -> dict[str, Any]:
     from safe_lab.bench.baseline import train
 
     return train(config)
-
-
-def _end_with_parent() -> None:
-    # The other end of this pipe is the bench's: it closes however the bench ends, kill -9 included.
-    os.read(0, 1)
-    os._exit(1)
 
 
 def _require(device: str) -> None:

@@ -87,3 +87,12 @@ _ALL = (
 )
 
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
+
+
+def metric_key(split: str, metric: str) -> str:
+    """The key of a metric: ``validation/accuracy``, and ``validation_matched/accuracy`` where there are several splits.
+
+    >>> metric_key("validation", "f1"), metric_key("matched", "accuracy")
+    ('validation/f1', 'validation_matched/accuracy')
+    """
+    return f"{split if split == 'validation' else f'validation_{split}'}/{metric}"

@@ -9,7 +9,8 @@ from tiny import FAMILIES, VOCABULARY, tiny_model
 from torch import nn
 
 from safe_lab.adapters import attach, build_peft_config, find_units
-from safe_lab.freezing import Freezer, FreezingRule
+from safe_lab.decision import FreezingRule
+from safe_lab.freezing import Freezer
 from safe_lab.model import head_modules, loss_function
 from safe_lab.prefix import Prefix
 

@@ -10,7 +10,8 @@ from tiny import VOCABULARY
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from safe_lab.freezing import Freezer, FreezingRule
+from safe_lab.decision import FreezingRule
+from safe_lab.freezing import Freezer
 from safe_lab.memory import Ledger
 from safe_lab.model import checkpoint_gradients, loss_function
 from safe_lab.prefix import ActivationCache, Prefix

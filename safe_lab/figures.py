@@ -1,0 +1,134 @@
+"""The single numbers of a ``result.json``, each by one name: what studies aim at and comparisons are made of.
+
+``validation/accuracy`` is a task metric, ``resources/memory_mean_bytes``, ``seconds/training`` or ``frozen_share`` lie where the
+name says, and ``sharpness/trace`` is the value of an estimate. Figures of a test split have no name here: they are looked at
+once, at the very end, and nothing is to be chosen by them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from safe_lab.byte_size import parse_bytes
+from safe_lab.config import Config
+from safe_lab.data.tasks import TASKS, metric_key
+from safe_lab.suggest import did_you_mean
+
+_GROUPS = {
+    "seconds": ("training", "evaluation", "scoring", "checkpoint"),
+    "resources": (
+        *("wall_seconds", "cpu_seconds", "joules", "flops", "tokens_per_second", "tokens_computed"),
+        *("memory_peak_bytes", "memory_mean_bytes", "memory_mean_step_peak_bytes", "host_memory_peak_bytes"),
+        *("device_allocated_peak_bytes", "device_reserved_peak_bytes"),
+    ),
+    "resources/seconds": (
+        *("setup", "data", "forward", "backward", "optimizer", "scoring", "freezing", "cache", "checkpoint"),
+        *("evaluation", "sharpness", "tracking", "other"),
+    ),
+    "resources/flops_by_phase": ("forward", "backward", "scoring", "evaluation", "cache"),
+    "parameters": ("total", "adapters", "trainable_at_start", "trainable_at_end"),
+    "savings": ("folded_layers", "prefix_depth", "cached_depth", "cached_examples", "cache_bytes"),
+}
+_KINDS = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporary", "cache")
+_TOP = ("selected_step", "steps", "epochs", "tokens", "frozen_share", "frozen_depth")
+# Of every sample, and by measure.
+_ALWAYS_MEASURED = ("loss", "gradient_norm")
+_BY_MEASURE = {
+    "effective_weights": ("effective_weight_trace",),
+    "ball": ("ball_rise", "ball_adaptive_rise"),
+    "average": ("average_rise", "average_adaptive_rise"),
+    "spectrum": ("smallest_eigenvalue",),
+    "eigenvalues": ("top_eigenvalue",),
+    "gauss_newton": ("gauss_newton_trace", "adaptive_gauss_newton_trace"),
+    "trace": ("trace", "adaptive_trace"),
+}
+
+FIGURES = (
+    *_TOP,
+    *(f"{group}/{name}" for group, names in _GROUPS.items() for name in names),
+    *(f"resources/memory_{when}_by_kind/{kind}" for when in ("peak", "mean") for kind in _KINDS),
+)
+
+
+def known_figures(config: Config) -> tuple[str, ...]:
+    """Names of the figures that a run of this configuration reports."""
+    task = TASKS[config.data.task]
+    metrics = (metric_key(split, name) for split in task.validation_splits for name in ("loss", *task.metrics))
+    sharpness = config.sharpness
+    samples = {"": sharpness.measures}
+    if sharpness.validation_samples:
+        samples["validation_"] = sharpness.validation_measures
+    measured = (
+        f"sharpness/{sample}{name}"
+        for sample, measures in samples.items()
+        for name in (*_ALWAYS_MEASURED, *(name for measure in measures for name in _BY_MEASURE.get(measure, ())))
+    )
+    return (*metrics, *FIGURES, *(measured if sharpness.when == "end" else ()))
+
+
+def check_figure(name: str, config: Config) -> None:
+    """Whether runs of a configuration report a figure.
+
+    Raises:
+        ValueError: They do not, or it is one of a test split.
+    """
+    if re.match(r"test(_\w+)?/", name):
+        raise ValueError(
+            f"{name!r} is of a test split, and what is chosen by it would no longer be tested by it: "
+            "take one of the validation split"
+        )
+    known = known_figures(config)
+    if name not in known:
+        hint = did_you_mean(name, known)
+        if name.startswith("sharpness/") and config.sharpness.when == "never":
+            hint = "; sharpness is measured with sharpness.when: end"
+        raise ValueError(f"{name!r} is no figure of a run's result.json{hint}")
+
+
+def read_figure(result: Mapping[str, Any], name: str) -> float:
+    """A figure of a run.
+
+    Args:
+        result: What ``result.json`` holds.
+        name: Its name.
+
+    Raises:
+        ValueError: The run has no such figure, or there was no meter for it.
+
+    >>> read_figure({"metrics": {"validation/f1": 0.9}, "seconds": {"training": 3}}, "seconds/training")
+    3.0
+    """
+    value: Any = result["metrics"].get(name)
+    if value is None and name.startswith("sharpness/"):
+        value = _of_sharpness(result, name.removeprefix("sharpness/"))
+    elif value is None:
+        value = result
+        for key in name.split("/"):
+            value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"the run's result.json has no figure {name!r}, or nothing on this machine that measures it")
+    return float(value)
+
+
+def _of_sharpness(result: Mapping[str, Any], name: str) -> float | None:
+    from safe_lab.gauging import summarize_all
+
+    measured = result.get("sharpness")
+    return None if measured is None else summarize_all(measured).get(name)
+
+
+def parse_amount(text: str) -> float:
+    """A number, or a size in bytes such as ``6GiB``.
+
+    Raises:
+        ValueError: Neither.
+
+    >>> parse_amount("0.25"), parse_amount("2KiB")
+    (0.25, 2048.0)
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return float(parse_bytes(text))

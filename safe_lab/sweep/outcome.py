@@ -1,0 +1,199 @@
+"""What a study came to: the best trial or the Pareto front, as a table, as JSON, and as YAML files that train it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from safe_lab import config as configuration
+from safe_lab import yaml_core
+from safe_lab.run_folder import RunFolder
+from safe_lab.sweep import roster as stored
+from safe_lab.sweep.roster import Roster, root_of
+from safe_lab.sweep.study_file import StudyFile
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A study as it stands.
+
+    Attributes:
+        study_file: What was searched.
+        roster: Its trials.
+        importance: Share of each key in how an objective varies, by objective.
+    """
+
+    study_file: StudyFile
+    roster: Roster
+    importance: Mapping[str, Mapping[str, float]]
+
+    @cached_property
+    def front(self) -> list[FrozenTrial]:
+        """Trials that keep the constraints, and that none of these is better than in one objective and no worse in the others.
+
+        Of one objective it is the best trial, and of equals the first.
+        """
+        signs = [-1 if direction == "maximize" else 1 for direction in self.study_file.objectives.values()]
+        solutions = [
+            (trial, [sign * value for sign, value in zip(signs, trial.values, strict=True)])
+            for trial in self.roster.of_state(TrialState.COMPLETE)
+            if keeps_constraints(trial)
+        ]
+        found = [
+            (trial, losses)
+            for trial, losses in solutions
+            if not any(_dominates(other, losses) for _, other in solutions)
+        ]
+        front = [trial for trial, _ in sorted(found, key=lambda entry: (entry[1], root_of(entry[0])))]
+        return front[:1] if len(signs) == 1 else front
+
+    @property
+    def all_failed(self) -> bool:
+        """Whether trials have ended, and every one of them without a result."""
+        finished = self.roster.finished
+        return bool(finished) and all(trial.state == TrialState.FAIL for trial in finished)
+
+    def values_of(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What a trial was given, by dotted key."""
+        return self.study_file.space.read(trial.params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        roster = self.roster
+        return {
+            "study": self.study_file.settings.name,
+            "complete": len(roster.of_state(TrialState.COMPLETE)),
+            "pruned": len(roster.of_state(TrialState.PRUNED)),
+            "failed": len(roster.of_state(TrialState.FAIL)),
+            "open": len(roster.open),
+            "taken_up": roster.num_taken_up,
+            "front": [self._entry(trial) for trial in self.front],
+            "importance": {name: dict(shares) for name, shares in self.importance.items()},
+            "failures": {
+                str(root_of(trial)): trial.user_attrs.get(stored.FAILURE, "")
+                for trial in roster.of_state(TrialState.FAIL)
+            },
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each trial that has ended: its number and state, its objectives, whether it is on the front, its settings."""
+        front = {trial.number for trial in self.front}
+        objectives = list(self.study_file.objectives)
+        keys = [parameter.key for parameter in self.study_file.space.parameters]
+        rows = []
+        for trial in self.roster.finished:
+            # Of a pruned trial Optuna keeps the last report, which is not the figure at the end.
+            found = trial.values if trial.state == TrialState.COMPLETE else [None] * len(objectives)
+            settings = self.values_of(trial)
+            rows.append(
+                {
+                    "trial": root_of(trial),
+                    "state": trial.state.name.lower(),
+                    **dict(zip(objectives, found, strict=True)),
+                    "on_front": trial.number in front,
+                    **{key: settings.get(key) for key in keys},
+                }
+            )
+        return rows
+
+    def _entry(self, trial: FrozenTrial) -> dict[str, Any]:
+        return {
+            "trial": root_of(trial),
+            "values": dict(zip(self.study_file.objectives, trial.values, strict=True)),
+            "spread": trial.user_attrs.get(stored.SPREAD),
+            "by_seed": trial.user_attrs.get(stored.BY_SEED),
+            "settings": self.values_of(trial),
+            "folder": str(self.study_file.config_of(root_of(trial), {}, 0).run_folder.parent),
+        }
+
+    def export(self, folder: Path) -> list[Path]:
+        """Write each point of the front as a YAML file that trains it again, to the same bits on the same machine.
+
+        Its runs go to ``<output_dir>/<study>-front/trial-<n>/``; with several seeds the file is of the first of them.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        files, written = RunFolder(folder), []
+        seeds = self.study_file.settings.seeds
+        for trial in self.front:
+            config = self.study_file.config_of(root_of(trial), self.values_of(trial), seeds[0])
+            config = config.model_copy(update={"name": f"{config.name}-front"})
+            named = zip(self.study_file.objectives, trial.values, strict=True)
+            found = ", ".join(f"{name} {value:.6g}" for name, value in named)
+            of = f" (means over seeds {', '.join(map(str, seeds))})" if len(seeds) > 1 else ""
+            file = f"trial-{root_of(trial):04d}.yaml"
+            files.write(
+                file,
+                f"# Trial {root_of(trial)} of study {self.study_file.settings.name}: {found}{of}.\n"
+                + configuration.dump(config),
+            )
+            written.append(folder / file)
+        return written
+
+
+def keeps_constraints(trial: FrozenTrial) -> bool:
+    """Whether a trial counts as a solution."""
+    return all(excess <= 0 for excess in trial.constraints.values())
+
+
+def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
+    return first != second and all(ours <= theirs for ours, theirs in zip(first, second, strict=True))
+
+
+def print_tables(outcome: Outcome, console: Console) -> None:
+    """The best trial or the front, and how the trials ended."""
+    objectives = outcome.study_file.objectives
+    title = "best trial" if len(objectives) == 1 else "Pareto front"
+    table = Table("trial", title=f"{outcome.study_file.settings.name}: {title}", title_justify="left")
+    for name, direction in objectives.items():
+        table.add_column(f"{escape(name)} ({direction})", justify="right")
+    keys = [parameter.key for parameter in outcome.study_file.space.parameters]
+    for key in keys:
+        table.add_column(escape(key))
+    for trial in outcome.front:
+        values = outcome.values_of(trial)
+        table.add_row(
+            str(root_of(trial)),
+            *_numbers(trial, objectives),
+            *(_plain(values[key]) if key in values else "" for key in keys),
+        )
+    console.print(table)
+    for name, shares in outcome.importance.items():
+        if shares:
+            listed = ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
+            console.print(f"{name} varies with {listed}", markup=False, highlight=False)
+    counts = outcome.to_dict()
+    line = f"{counts['complete']} trials complete, {counts['pruned']} pruned, {counts['failed']} failed"
+    if counts["taken_up"]:
+        line += f"; {counts['taken_up']} times one was taken up from a worker that died"
+    if counts["open"]:
+        line += f"; {counts['open']} have not ended"
+    console.print(line, highlight=False)
+    broken = sum(not keeps_constraints(trial) for trial in outcome.roster.of_state(TrialState.COMPLETE))
+    if broken:
+        console.print(f"{broken} of the complete ones break a constraint", highlight=False)
+    for number, reason in counts["failures"].items():
+        console.print(
+            f"trial {number} failed: {reason.splitlines()[0] if reason else ''}", markup=False, highlight=False
+        )
+
+
+def _numbers(trial: FrozenTrial, objectives: Mapping[str, str]) -> list[str]:
+    spread = trial.user_attrs.get(stored.SPREAD) or {}
+    return [
+        f"{value:.5g}" + (f" \N{PLUS-MINUS SIGN} {spread[name]:.2g}" if name in spread else "")
+        for name, value in zip(objectives, trial.values, strict=True)
+    ]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return escape(yaml_core.write(value, flow=True).removesuffix("...\n").strip())

@@ -1,0 +1,128 @@
+"""Who has which trial, and what is left to do: read off the trials of a study as they stand in its storage.
+
+Optuna counts trials; here *entries* are counted. An entry is what a trial set out to find, and stays the same entry when the
+trial's worker dies and another trial takes it up. So that every worker on every machine comes to the same view without asking
+another, everything hangs on what is stored with the trials:
+
+``cut_off``
+    The trial was left by a dead worker, which whoever noticed has said here before it marked the trial as failed.
+``ticket``
+    What a trial stands for that must be there once: a known point, or the taking up of trial n. Two workers may add the same one
+    at the same moment; the one with the lower number counts, and the other is void.
+``root``
+    Number of the first trial of its entry, after which the run folders are named.
+``void``
+    It was never begun, as it was one too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+CUT_OFF = "cut_off"
+TICKET = "ticket"
+ROOT = "root"
+VOID = "void"
+OWNER = "owner"
+BEAT = "beat"
+FAILURE = "failure"
+SPREAD = "spread"
+BY_SEED = "by_seed"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The trials of a study.
+
+    Attributes:
+        trials: In the order of their numbers.
+        num_trials: Entries that the study is to have. What has begun beyond that number is no concern of anybody's, unless it has
+            come to its end.
+    """
+
+    trials: Sequence[FrozenTrial]
+    num_trials: int
+
+    @cached_property
+    def entries(self) -> Mapping[int, FrozenTrial]:
+        """The newest trial of each entry, by the number of its first."""
+        entries: dict[int, FrozenTrial] = {}
+        tickets: set[str] = set()
+        for trial in self.trials:
+            ticket = trial.user_attrs.get(TICKET)
+            if VOID in trial.user_attrs or ticket in tickets:
+                continue
+            if ticket is not None:
+                tickets.add(ticket)
+            entries[root_of(trial)] = trial
+        return entries
+
+    @property
+    def finished(self) -> list[FrozenTrial]:
+        """Trials that came to an end of their own."""
+        return [trial for trial in self.entries.values() if trial.state.is_finished() and not is_cut_off(trial)]
+
+    def of_state(self, state: TrialState) -> list[FrozenTrial]:
+        """Those of the finished ones that ended so."""
+        return [trial for trial in self.finished if trial.state == state]
+
+    @property
+    def open(self) -> list[FrozenTrial]:
+        """Trials that wait or run, or were cut off and wait to be taken up."""
+        return [trial for trial in self._wanted if not trial.state.is_finished() or is_cut_off(trial)]
+
+    @property
+    def cut_off(self) -> list[FrozenTrial]:
+        """Trials that were cut off and have not been taken up."""
+        return [trial for trial in self._wanted if is_cut_off(trial)]
+
+    @property
+    def running(self) -> list[FrozenTrial]:
+        """Trials that a worker has, dead or alive."""
+        return [trial for trial in self._wanted if trial.state == TrialState.RUNNING]
+
+    @property
+    def waiting(self) -> list[FrozenTrial]:
+        """Trials that wait for a worker."""
+        return [trial for trial in self._wanted if trial.state == TrialState.WAITING]
+
+    @property
+    def _wanted(self) -> list[FrozenTrial]:
+        """The newest trials of the first entries, as many as there are to be."""
+        return [self.entries[root] for root in sorted(self.entries)[: self.num_trials]]
+
+    @property
+    def num_taken_up(self) -> int:
+        """How often a trial was cut off and taken up."""
+        return sum(is_cut_off(trial) for trial in self.trials) - len(self.cut_off)
+
+    def is_one_too_many(self, number: int) -> bool:
+        """Whether a trial that has just been asked for, by its number, must not be begun."""
+        return all(trial.number != number for trial in self._wanted)
+
+
+def is_cut_off(trial: FrozenTrial) -> bool:
+    """Whether a dead worker has left it. One that was only out of reach, and has ended its trial well, has not."""
+    return trial.state == TrialState.FAIL and CUT_OFF in trial.user_attrs
+
+
+def root_of(trial: FrozenTrial) -> int:
+    """Number of the first trial of its entry."""
+    root: int = trial.user_attrs.get(ROOT, trial.number)
+    return root
+
+
+def take_up(trial: FrozenTrial) -> FrozenTrial:
+    """The trial that takes up a cut-off one: with the values it had, and new ones for what had not been drawn yet.
+
+    What samplers have noted with it (the point of a grid, a generation) goes on with it too.
+    """
+    attributes = {key: value for key, value in trial.system_attrs.items() if not key.startswith("constraints")}
+    if trial.params:
+        attributes["fixed_params"] = dict(trial.params)
+    tickets = {TICKET: f"takes up {trial.number}", ROOT: root_of(trial)}
+    return create_trial(state=TrialState.WAITING, system_attrs=attributes, user_attrs=tickets)

@@ -1,0 +1,175 @@
+"""The runs of a trial, each in a process of its own with its own run folder, configuration and log."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safe_lab import config as configuration
+from safe_lab import run_folder
+from safe_lab.child import started, why_ended
+from safe_lab.config import Config
+from safe_lab.run_folder import RunFolder
+from safe_lab.section import ConfigError
+
+# Deaths by a signal without a newer checkpoint after which a run is given up: what kills it each time will do so again.
+_MOST_DEATHS = 3
+_POLL_SECONDS = 0.5
+
+Evaluation = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        how: With a result, without one, or because ``watch`` said so.
+        result: What result.json holds; empty without one.
+        reason: Why there is none.
+    """
+
+    how: Literal["finished", "failed", "stopped"]
+    result: Mapping[str, Any]
+    reason: str = ""
+
+
+def train(
+    config: Config,
+    *,
+    watch: Callable[[Evaluation], bool],
+    tick: Callable[[], None],
+) -> Ended:
+    """Train in a process of its own, from the newest checkpoint if the run was begun before.
+
+    Killed by a signal, it is started again, and goes on from its checkpoint.
+
+    Args:
+        config: The run.
+        watch: Called with each row of metrics.jsonl that has an evaluation, once each and in order; True ends the run.
+        tick: Called again and again while the run goes on.
+    """
+    path = config.run_folder
+    deaths, reached = 0, None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    RunFolder(path.parent).write(f"{path.name}.yaml", configuration.dump(config))
+    log = path.parent / f"{path.name}.log"
+    rows = _Evaluations(path)
+    while True:
+        _wait_until_free(path, tick)
+        fault = _find_other_run(config)
+        if fault:
+            return Ended("failed", {}, fault)
+        file = str((path.parent / f"{path.name}.yaml").absolute())
+        arguments = ["safe_lab.cli.child", "train", file, "--resume", "--quiet"]
+        with started(arguments, log, {}) as process:
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
+                tick()
+                if any(watch(row) for row in rows.read()):
+                    return Ended("stopped", {})
+        if process.returncode == 0:
+            if any(watch(row) for row in rows.read()):
+                return Ended("stopped", {})
+            return _measure_sharpness(config, log, tick) or _read_result(path)
+        if process.returncode > 0 and not _is_held(path):
+            return Ended("failed", {}, why_ended(process.returncode, log))
+        if process.returncode > 0:
+            # Another was faster to train there.
+            continue
+        newest = max((entry.name for entry in (path / "checkpoints").glob("step-*")), default=None)
+        deaths, reached = (1 if newest != reached else deaths + 1), newest
+        if deaths == _MOST_DEATHS:
+            return Ended(
+                "failed", {}, f"{why_ended(process.returncode, log)}\n{deaths} times without a newer checkpoint"
+            )
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what only a run that goes on has use for."""
+    for folder in (path / "checkpoints", path / "cache", *path.glob("cache-*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measure_sharpness(config: Config, log: Path, tick: Callable[[], None]) -> Ended | None:
+    """Measure what a run that was killed after its training has left out; how it failed, if it did."""
+    path = config.run_folder
+    if config.sharpness.when == "never" or _read_result(path).result.get("sharpness") is not None:
+        return None
+    with started(["safe_lab.cli.child", "sharpness", str(path)], log, {}) as process:
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_SECONDS)
+            tick()
+    return None if process.returncode == 0 else Ended("failed", {}, why_ended(process.returncode, log))
+
+
+def _read_result(path: Path) -> Ended:
+    try:
+        return Ended("finished", json.loads((path / "result.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        return Ended("failed", {}, f"{path}: its result cannot be read ({error})")
+
+
+def _find_other_run(config: Config) -> str | None:
+    """What stands against training in a run folder; an unfinished or finished run of this configuration does not."""
+    try:
+        run_folder.check(config, resume=True, overwrite=False)
+    except run_folder.AlreadyFinishedError:
+        return None
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _wait_until_free(path: Path, tick: Callable[[], None]) -> None:
+    """Wait while another process trains there: one that a dead worker left is about to end, one out of reach will end its run."""
+    while _is_held(path):
+        tick()
+        time.sleep(_POLL_SECONDS)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with (path / ".lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        # Not there yet; or a disk without locks, on which the run will say so.
+        return False
+    return False
+
+
+class _Evaluations:
+    """The evaluations in a metrics.jsonl that grows, and that a run which is resumed cuts back and writes again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path / "metrics.jsonl"
+        self._size = -1
+        self._seen = -1
+
+    def read(self) -> Iterator[Evaluation]:
+        """Those that are new."""
+        try:
+            # All of it: a place to go on from would be lost where the file is cut back and grows again in between.
+            lines = self._path.read_bytes()
+        except FileNotFoundError:
+            return
+        if len(lines) == self._size:
+            return
+        self._size = len(lines)
+        for line in lines[: lines.rfind(b"\n") + 1].split(b"\n"):
+            row = json.loads(line or b"{}")
+            if any(key.startswith("validation") for key in row) and row["step"] > self._seen:
+                self._seen = row["step"]
+                yield row

@@ -1,0 +1,154 @@
+"""Start the workers of a study on this machine, start those anew that die, and show what all of them do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from safe_lab.child import num_threads, started, why_ended
+from safe_lab.section import ConfigError
+from safe_lab.sweep import roster as stored
+from safe_lab.sweep.joining import study_path
+from safe_lab.sweep.roster import Roster, root_of
+from safe_lab.sweep.study_file import StudyFile
+
+STORAGE_VARIABLE = "SAFE_LAB_SWEEP_STORAGE"
+# Deaths of a worker one after the other, each within a minute of its start, after which it is not started anew.
+_MOST_DEATHS = 5
+_SOON_SECONDS = 60.0
+_POLL_SECONDS = 0.5
+
+
+def find_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """GPUs that may be used here, as CUDA_VISIBLE_DEVICES names them."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
+    """What each worker's processes are told: one GPU, or its share of the cores.
+
+    Raises:
+        ConfigError: There are GPUs, and not one for each worker.
+    """
+    if gpus and workers > len(gpus):
+        raise ConfigError(f"--workers {workers}: there are {len(gpus)} GPUs, and each worker needs one of its own")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    share = {} if "OMP_NUM_THREADS" in os.environ or workers == 1 else num_threads(threads)
+    return [share | ({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}) for i in range(workers)]
+
+
+@dataclass
+class Supervisor:
+    """Looks after the workers on this machine.
+
+    Attributes:
+        study_file: What is searched.
+        study: Where it is kept.
+        address: Of its storage.
+        environments: Of each worker's processes, on top of this one's.
+        show: Called with a line whenever a trial has begun or ended, on whichever machine.
+    """
+
+    study_file: StudyFile
+    study: Study
+    address: str
+    environments: Sequence[Mapping[str, str]]
+    show: Callable[[str], None]
+    _told: dict[int, TrialState] = field(default_factory=dict)
+    _deaths: Counter[int] = field(default_factory=Counter)
+    _started_at: dict[int, float] = field(default_factory=dict)
+    _deadline: float | None = None
+
+    def run(self) -> None:
+        """Until the study has come to its end, or its timeout.
+
+        Raises:
+            RuntimeError: The workers die again and again.
+        """
+        self._told = {trial.number: trial.state for trial in self._read().trials}
+        timeout = self.study_file.settings.timeout
+        self._deadline = None if timeout is None else time.time() + timeout
+        with ExitStack() as held:
+            workers = {i: held.enter_context(self._start(i)) for i in range(len(self.environments))}
+            while workers:
+                time.sleep(_POLL_SECONDS)
+                for i, process in list(workers.items()):
+                    code = process.poll()
+                    if code is None:
+                        continue
+                    del workers[i]
+                    if code != 0:
+                        self._mind(i, code)
+                        workers[i] = held.enter_context(self._start(i))
+                self._tell_news()
+        self._tell_news()
+
+    def _start(self, worker: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        self._started_at[worker] = time.monotonic()
+        environment = dict(self.environments[worker]) | {STORAGE_VARIABLE: self.address}
+        arguments = [
+            *("safe_lab.sweep.worker_process", str(study_path(self.study_file.folder))),
+            *(str(self.study_file.settings.num_trials), "none" if self._deadline is None else str(self._deadline)),
+        ]
+        return started(arguments, self._log(worker), environment)
+
+    def _log(self, worker: int) -> Path:
+        # Of this command: others may share the folder.
+        return self.study_file.folder / f"worker-{socket.gethostname()}-{os.getpid()}-{worker}.log"
+
+    def _mind(self, worker: int, code: int) -> None:
+        """A worker has died."""
+        why = why_ended(code, self._log(worker))
+        soon = time.monotonic() - self._started_at[worker] < _SOON_SECONDS
+        self._deaths[worker] = self._deaths[worker] + 1 if soon else 1
+        if self._deaths[worker] == _MOST_DEATHS:
+            raise RuntimeError(f"worker {worker} ended {_MOST_DEATHS} times, each soon after its start: {why}")
+        self.show(f"worker {worker} ended ({' '.join(why.splitlines()[:2])}), and is started anew")
+
+    def _read(self) -> Roster:
+        return Roster(self.study.get_trials(deepcopy=False), self.study_file.settings.num_trials)
+
+    def _tell_news(self) -> None:
+        roster = self._read()
+        for trial in roster.trials:
+            before = self._told.get(trial.number)
+            if trial.state in (before, TrialState.WAITING) or stored.VOID in trial.user_attrs:
+                continue
+            if trial.state == TrialState.RUNNING and stored.BEAT not in trial.user_attrs:
+                # It is just being drawn.
+                continue
+            self._told[trial.number] = trial.state
+            self.show(self._describe(trial, len(roster.finished)))
+
+    def _describe(self, trial: FrozenTrial, finished: int) -> str:
+        name = f"trial {root_of(trial)}"
+        done = f"{finished}/{self.study_file.settings.num_trials}"
+        if trial.state == TrialState.RUNNING:
+            begun = "begins" if root_of(trial) == trial.number else "goes on"
+            drawn = ", ".join(f"{key}={value}" for key, value in self.study_file.space.read(trial.params).items())
+            return f"{name} {begun}: {drawn}"
+        if stored.is_cut_off(trial):
+            return f"{name}: its worker has died; it is taken up again"
+        if trial.state == TrialState.COMPLETE:
+            named = zip(self.study_file.objectives, trial.values, strict=True)
+            return f"{name} ({done}): " + ", ".join(f"{figure} {value:.6g}" for figure, value in named)
+        if trial.state == TrialState.PRUNED:
+            return f"{name} ({done}): pruned"
+        return f"{name} ({done}): failed, {' '.join(trial.user_attrs.get(stored.FAILURE, '').splitlines()[:2])}"

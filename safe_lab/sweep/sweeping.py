@@ -1,0 +1,106 @@
+"""A study from its file to its outcome, with the workers of this machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safe_lab import run_folder
+from safe_lab.run_folder import RunFolder, to_json
+from safe_lab.section import ConfigError
+from safe_lab.sweep.joining import alone, join
+from safe_lab.sweep.outcome import Outcome
+from safe_lab.sweep.pictures import draw, measure_importance
+from safe_lab.sweep.roster import Roster
+from safe_lab.sweep.storage import default_address, default_path, open_storage, takes_one_worker
+from safe_lab.sweep.study_file import StudyFile
+from safe_lab.sweep.supervisor import Supervisor, environments, find_gpus
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    study_file: StudyFile,
+    *,
+    workers: int = 1,
+    address: str | None = None,
+    export: Path | None = None,
+    show: Callable[[str], None],
+) -> Outcome:
+    """Begin a study, go on with it, or join others that work on it, until it has come to its end.
+
+    Args:
+        study_file: What is searched.
+        workers: Trials at a time on this machine.
+        address: Of the storage; None: a file in the study's folder.
+        export: Folder for a YAML file of each point of the front; None: none is written.
+        show: Called with a line for the person, again and again.
+
+    Raises:
+        ConfigError: Something the user can mend.
+        RuntimeError: The workers die again and again.
+    """
+    for note in study_file.notes:
+        show(note)
+    address = address or _find_address(study_file.folder, workers)
+    if takes_one_worker(address) and workers > 1:
+        raise ConfigError(
+            f"--workers {workers}: SQLite is for one worker; a study that begins with several is kept in a journal, into which "
+            "optuna.copy_study brings one that has begun"
+        )
+    try:
+        study_file.folder.mkdir(parents=True, exist_ok=True)
+        if export is not None:
+            export.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be written to: {error}") from None
+    with ExitStack() as held:
+        if takes_one_worker(address):
+            taken = "a sweep is running here, and SQLite is for one worker; end it, and start both with --storage journal://PATH"
+            held.enter_context(run_folder.hold(study_file.folder, taken))
+        study = join(study_file, open_storage(address), address)
+        Supervisor(study_file, study, address, environments(workers, find_gpus()), show).run()
+    objectives = study_file.objectives
+    roster = Roster(study.get_trials(deepcopy=False), study_file.settings.num_trials)
+    outcome = Outcome(study_file, roster, measure_importance(study, objectives))
+    pictures: Mapping[str, Any] = {}
+    with alone(study_file.folder):
+        RunFolder(study_file.folder).write("result.json", to_json(outcome.to_dict()))
+        try:
+            pictures = draw(study, objectives, study_file.folder / "pictures")
+        except (ValueError, RuntimeError, OSError) as error:
+            log.warning("no pictures were drawn: %s", error)
+    if export is not None:
+        outcome.export(export)
+    _log_to_wandb(outcome, pictures)
+    return outcome
+
+
+def _log_to_wandb(outcome: Outcome, pictures: Mapping[str, Any]) -> None:
+    """One run beside those of the trials, in the same group: the table of the trials, and what they came to."""
+    study_file = outcome.study_file
+    config = study_file.config_of(0, {}, study_file.settings.seeds[0])
+    if config.tracking.wandb == "disabled":
+        return
+    from safe_lab.tracking import log_study
+
+    log_study(
+        mode=config.tracking.wandb,
+        project=config.tracking.project,
+        name=study_file.settings.name,
+        folder=study_file.folder,
+        config=study_file.definition(),
+        rows=outcome.rows(),
+        summary=outcome.to_dict(),
+        pictures=pictures,
+    )
+
+
+def _find_address(folder: Path, workers: int) -> str:
+    """The study's file that is there; else the one that suits the number of workers."""
+    there = [several for several in (True, False) if default_path(folder, several=several).exists()]
+    several = there[0] if there else workers > 1
+    return default_address(folder, several=several)

@@ -1,0 +1,115 @@
+"""Who has which trial: what every worker reads off the same trials, whoever died when."""
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from safe_lab.sweep import roster as stored
+from safe_lab.sweep.roster import Roster, take_up
+
+
+@pytest.fixture
+def study():
+    return optuna.create_study()
+
+
+def roster(study, num_trials=9):
+    return Roster(study.get_trials(deepcopy=False), num_trials)
+
+
+def cut_off(study, trial):
+    trial.set_user_attr(stored.CUT_OFF, True)
+    study.tell(trial, state=TrialState.FAIL)
+    return study.trials[trial.number]
+
+
+def test_trials_that_end_by_themselves_are_finished(study):
+    study.tell(study.ask(), 1.0)
+    study.tell(study.ask(), state=TrialState.PRUNED)
+    study.tell(study.ask(), state=TrialState.FAIL)
+    study.ask()
+    found = roster(study)
+    assert [len(found.of_state(state)) for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)] == [
+        1,
+        1,
+        1,
+    ]
+    assert [trial.number for trial in found.open] == [3]
+
+
+def test_a_trial_that_was_cut_off_is_open_until_it_has_been_taken_up_and_ended(study):
+    left = cut_off(study, study.ask())
+    assert [trial.number for trial in roster(study).cut_off] == [0]
+    assert not roster(study).finished
+    study.add_trial(take_up(left))
+    assert not roster(study).cut_off
+    assert len(roster(study).open) == 1
+    study.tell(study.ask(), 1.0)
+    assert [stored.root_of(trial) for trial in roster(study).finished] == [0]
+    assert roster(study).num_taken_up == 1
+
+
+def test_a_trial_can_be_cut_off_again_and_again_and_stays_one_entry(study):
+    left = cut_off(study, study.ask())
+    for _ in range(3):
+        study.add_trial(take_up(left))
+        left = cut_off(study, study.ask())
+        assert len(roster(study).entries) == 1
+        assert [trial.number for trial in roster(study).cut_off] == [left.number]
+
+
+def test_a_worker_out_of_reach_that_ends_its_trial_first_has_ended_it(study):
+    trial = study.ask()
+    trial.set_user_attr(stored.CUT_OFF, True)
+    study.tell(trial, 1.0)
+    assert len(roster(study).finished) == 1
+    assert not roster(study).cut_off
+
+
+def test_of_two_that_took_up_the_same_trial_the_second_is_one_too_many(study):
+    left = cut_off(study, study.ask())
+    for _ in range(2):
+        study.add_trial(take_up(left))
+    first, second = study.ask(), study.ask()
+    assert not roster(study, 1).is_one_too_many(first.number)
+    assert roster(study, 1).is_one_too_many(second.number)
+
+
+def test_trials_beyond_the_number_asked_for_are_too_many_by_their_numbers(study):
+    trials = [study.ask() for _ in range(5)]
+    found = roster(study, 3)
+    assert [found.is_one_too_many(trial.number) for trial in trials] == [False, False, False, True, True]
+
+
+def test_void_trials_take_no_place(study):
+    void = study.ask()
+    void.set_user_attr(stored.VOID, True)
+    study.tell(void, state=TrialState.FAIL)
+    trial = study.ask()
+    assert not roster(study, 1).is_one_too_many(trial.number)
+    assert not roster(study).of_state(TrialState.FAIL)
+
+
+def test_a_known_point_that_two_machines_have_added_counts_once(study):
+    for _ in range(2):
+        study.enqueue_trial({}, user_attrs={stored.TICKET: "point 0"})
+    first, second = study.ask(), study.ask()
+    assert [roster(study).is_one_too_many(trial.number) for trial in (first, second)] == [False, True]
+
+
+def test_one_too_many_whose_worker_died_is_nobodys_concern(study):
+    study.tell(study.ask(), 1.0)
+    cut_off(study, study.ask())
+    found = roster(study, 1)
+    assert (found.open, found.cut_off, found.running) == ([], [], [])
+    assert [trial.number for trial in roster(study, 2).cut_off] == [1]
+
+
+def test_what_was_drawn_and_what_the_sampler_noted_goes_on_with_the_trial(study):
+    study.sampler = optuna.samplers.GridSampler({"a": [1, 2], "b": [3, 4]}, seed=0)
+    trial = study.ask()
+    drawn = trial.suggest_int("a", 1, 2)
+    study.add_trial(take_up(cut_off(study, trial)))
+    again = study.ask()
+    assert again.suggest_int("a", 1, 2) == drawn
+    assert again.suggest_int("b", 3, 4) in (3, 4)
