@@ -251,7 +251,12 @@ def _empty(path: Path) -> None:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Where two configurations differ: a dotted key, the old and the new value."""
+    """Where two configurations differ: a dotted key, the old and the new value, a line each."""
+    return [f"{key}: {before} there, {after} here" for key, (before, after) in changed_keys(old, new).items()]
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Where two configurations differ: the old and the new value by dotted key."""
 
     def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in tree.items():
@@ -261,11 +266,7 @@ def differences(old: Config, new: Config) -> list[str]:
                 yield prefix + key, value
 
     before, after = dict(flatten(old.model_dump(mode="json"))), dict(flatten(new.model_dump(mode="json")))
-    return [
-        f"{key}: {before.get(key)} there, {after.get(key)} here"
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    ]
+    return {key: (before.get(key), after.get(key)) for key in {**before, **after} if before.get(key) != after.get(key)}
 
 
 def to_json(value: Any) -> str:

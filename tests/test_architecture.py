@@ -37,6 +37,7 @@ LAYERS = [
     {"build"},
     {"saved"},
     {"run"},
+    {"replay"},
     {"bench", "sweep"},
     {"cli"},
     {"__init__", "__main__"},

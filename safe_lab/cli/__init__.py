@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from safe_lab.cli.bench import bench
 from safe_lab.cli.plan import plan
+from safe_lab.cli.replay import replay
 from safe_lab.cli.sharpness import sharpness
 from safe_lab.cli.sweep import sweep
 from safe_lab.cli.train import train
@@ -68,6 +69,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "plan": Command("predict memory, FLOPs and sizes of a run at every frozen depth, without weights", plan),
         "sharpness": Command("measure how sharp the minimum is that finished runs have found", sharpness),
         "sweep": Command("search over freezing schedules with Optuna, on one core or many machines", sweep),
+        "replay": Command(
+            "tell from a finished run what another schedule would have frozen when, and its costs", replay
+        ),
         "bench": Command("measure transformers.Trainer and safe_lab side by side", bench),
     }
 )

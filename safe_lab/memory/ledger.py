@@ -10,7 +10,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -82,6 +82,7 @@ class Trace:
         flops: Floating-point operations by phase, ``forward`` and ``backward`` (recomputation is in the latter); a
             multiply-add counts as two.
         seconds: Time that operators ran.
+        seconds_by_phase: The same: ``forward``, ``backward``, and ``optimizer`` for what came after the backward pass.
     """
 
     peak_bytes: int
@@ -91,6 +92,7 @@ class Trace:
     left: dict[str, int]
     flops: dict[str, int]
     seconds: float
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean_bytes(self) -> float:
@@ -101,6 +103,25 @@ class Trace:
     def total_flops(self) -> int:
         """FLOPs of all phases."""
         return sum(self.flops.values())
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long operators take, by the roofline model: as long as their FLOPs, or as the bytes they read and write.
+
+    Only ratios of times mean anything: those of a device with so many FLOPs to a byte.
+
+    Attributes:
+        flops_per_byte: FLOPs that the device does in the time in which it moves a byte.
+    """
+
+    flops_per_byte: float
+
+    def seconds(self, func: Any, flops: int, tensors: Any) -> float:
+        """Time of an operator, in FLOPs; none of a view, which moves nothing."""
+        if getattr(func, "is_view", False):
+            return 0.0
+        return max(flops, self.flops_per_byte * sum(tensor.nbytes for tensor in _tensors(tensors)))
 
 
 @dataclass(eq=False, slots=True)
@@ -142,6 +163,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         cache: Iterable[Tensor] = (),
         batch: Iterable[Tensor] = (),
         activations: Iterable[Tensor] = (),
+        pace: Pace | None = None,
     ) -> None:
         """Prepare to trace.
 
@@ -151,6 +173,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             cache: Tensors that are kept beside the model.
             batch: Tensors made before entering that the step works on.
             activations: Tensors made before entering that it keeps for its backward pass (the output of a frozen prefix).
+            pace: How long operators take that do not really run, on fake tensors; None: the time that passes.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         # Gathered once: to walk a model's modules takes as long as a hundred operators.
@@ -170,6 +193,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._peak = (0, 0)
         # Time that operators ran, after each of them; the moment before the first is 0.
         self._clock: list[float] = [0.0]
+        self._pace = pace
+        self._seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         self._flops = dict.fromkeys(PHASES, 0)
         self._trace: Trace | None = None
         self._hooks: list[Any] = []
@@ -233,7 +258,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if self._on_cuda:
             torch.cuda.synchronize(self._parameters[0].device)
-        self._clock.append(self._clock[-1] + time.perf_counter() - began)
+        elapsed = time.perf_counter() - began
         self._moment += 1
         in_backward = torch._C._current_graph_task_id() != -1
         # Outside the backward pass, recomputing in it (which turns grad mode on), or in the backward pass itself.
@@ -245,8 +270,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             count = _flops_by_id[id(func)]
         except KeyError:
             count = _flops_by_id[id(func)] = _FLOPS.get(getattr(func, "_overloadpacket", func))
-        if count is not None:
-            self._flops["backward" if in_backward else "forward"] += count(*args, **kwargs, out_val=result)
+        flops = 0 if count is None else count(*args, **kwargs, out_val=result)
+        self._flops["backward" if in_backward else "forward"] += flops
+        if self._pace is not None:
+            elapsed = self._pace.seconds(func, flops, (args, result))
+        self._clock.append(self._clock[-1] + elapsed)
+        self._seconds["backward" if in_backward else "optimizer" if self._seconds["backward"] else "forward"] += elapsed
         if self._whole_groups:
             self._follow_groups()
         if isinstance(result, Tensor):
@@ -338,7 +367,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             died = moments if entry.died is None else entry.died
             lived = self._clock[died] - self._clock[max(entry.born - 1, 0)]
             mean[kind] += entry.nbytes * (lived / total_seconds if total_seconds else 1.0)
-        return Trace(self._peak[0], peak, mean, held, left, dict(self._flops), total_seconds)
+        return Trace(self._peak[0], peak, mean, held, left, dict(self._flops), total_seconds, dict(self._seconds))
 
     def _kind_of(self, entry: _Storage) -> str:
         if entry.region < 0:
@@ -353,6 +382,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples and lists."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, list | tuple):

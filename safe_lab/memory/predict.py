@@ -10,13 +10,13 @@ precision fp16) is left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from safe_lab.memory.ledger import Ledger, Trace
+from safe_lab.memory.ledger import Ledger, Pace, Trace
 from safe_lab.units import Unit
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,6 +51,7 @@ class Rehearsal:
     Attributes:
         model: The model.
         units: Its adapters.
+        mode: What the model runs under.
         trained: Weights that train while nothing is frozen.
     """
 
@@ -82,18 +83,25 @@ class Rehearsal:
         self.units = units
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer = optimizer
-        self._make_batch = make_batch
+        self.make_batch = make_batch
         self._tokens = tokens
-        self._mode = mode or nullcontext()
+        self.mode: AbstractContextManager[object] = mode or nullcontext()
         self._mixed_precision = mixed_precision
         self._max_grad_norm = max_grad_norm
-        with self._mode:
+        with self.mode:
             self._step(make_batch(1, tokens))
         self._state = dict(optimizer.state)
         self._evaluations: dict[tuple[int, int], Trace] = {}
 
     def trace(
-        self, frozen: Collection[int], *, rows: int, tokens: int | None = None, accumulating: bool = False
+        self,
+        frozen: Collection[int],
+        *,
+        rows: int,
+        tokens: int | None = None,
+        accumulating: bool = False,
+        hidden: Tensor | None = None,
+        pace: Pace | None = None,
     ) -> Trace:
         """The ledger of a step's last micro-step and update, with optimizer state there as after the first step.
 
@@ -102,14 +110,17 @@ class Rehearsal:
             rows: Examples in the micro-batch.
             tokens: Length of each; None: as configured.
             accumulating: Gradients of earlier micro-steps are there when it begins.
+            hidden: Output of a frozen prefix, which the model has been made to start from.
+            pace: How long operators take; None: the time that passes, which on fake tensors means nothing.
         """
-        self._freeze(frozen)
-        with self._mode:
-            batch = self._make_batch(rows, tokens or self._tokens)
+        self.freeze(frozen)
+        with self.mode:
+            batch = self.make_batch(rows, tokens or self._tokens)
             if accumulating:
                 for parameter in self._optimizer.state:
                     parameter.grad = torch.zeros_like(parameter)
-            with Ledger(self.model, self._optimizer, batch=batch.values()) as ledger:
+            kept = () if hidden is None else (hidden,)
+            with Ledger(self.model, self._optimizer, batch=batch.values(), activations=kept, pace=pace) as ledger:
                 self._step(batch)
         return ledger.trace
 
@@ -125,12 +136,12 @@ class Rehearsal:
         """
         shape = (rows, tokens or self._tokens)
         if shape not in self._evaluations:
-            self._freeze(())
+            self.freeze(())
             self.model.eval()
-            with self._mode:
-                batch = self._make_batch(*shape)
+            with self.mode:
+                batch = self.make_batch(*shape)
                 with Ledger(self.model, self._optimizer, batch=batch.values()) as ledger, torch.no_grad():
-                    self._compute_loss(batch)
+                    self.compute_loss(batch)
             self._evaluations[shape] = ledger.trace
         return self._evaluations[shape]
 
@@ -151,20 +162,22 @@ class Rehearsal:
 
     def _step(self, batch: Mapping[str, Tensor]) -> None:
         self.model.train()
-        self._compute_loss(batch).backward()  # type: ignore[no-untyped-call]
+        self.compute_loss(batch).backward()  # type: ignore[no-untyped-call]
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def _compute_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def compute_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch, in the precision of the run."""
         dtype = AUTOCAST.get(self._mixed_precision)
         # As Accelerate does it: autocast around the forward pass alone, and float32 after it.
         with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
             loss: Tensor = self.model(**batch).loss
         return loss.float() if dtype else loss
 
-    def _freeze(self, frozen: Collection[int]) -> None:
+    def freeze(self, frozen: Collection[int]) -> None:
+        """Freeze these units and no others, in the way the Freezer does it."""
         # A weight that several units share freezes with the last of them.
         live = {id(p) for i, unit in enumerate(self.units) if i not in frozen for p in unit.parameters.values()}
         held = {id(p) for i in frozen for p in self.units[i].parameters.values()} - live

@@ -65,7 +65,7 @@ def smallest_budget(rehearsal, **changes):
 def real_peak(real, frozen, batch, stage, *, autocast=nullcontext()):
     """Ledger of an optimizer step on real weights, over the parts of a batch."""
     model, optimizer = real.model, real._optimizer
-    real._freeze(frozen)
+    real.freeze(frozen)
     model.train()
     with Ledger(model, optimizer, batch=batch.values()) as ledger:
         for part, weight in split_batch(batch, stage.rows):
@@ -80,7 +80,7 @@ def real_peak(real, frozen, batch, stage, *, autocast=nullcontext()):
 
 def real_eval_peak(real, batch, stage):
     """Ledger of the forward passes of an evaluation batch on real weights."""
-    real._freeze(())
+    real.freeze(())
     real.model.eval()
     with Ledger(real.model, real._optimizer, batch=batch.values()) as ledger, torch.no_grad():
         logits = [real.model(**part).logits for part, _ in split_batch(batch, stage.eval_rows)]

@@ -1,0 +1,23 @@
+"""Replay: from what a run has recorded, without training, when other schedules would have frozen what, and at what cost."""
+
+from safe_lab.replay.costs import FIGURES, CostModel
+from safe_lab.replay.history import History, Moment, check_replayable, replay_history
+from safe_lab.replay.recording import Recording, read_recording
+from safe_lab.replay.replaying import Comparison, Replay, Replayer, compare, configure, replay
+
+__all__ = [
+    "FIGURES",
+    "Comparison",
+    "CostModel",
+    "History",
+    "Moment",
+    "Recording",
+    "Replay",
+    "Replayer",
+    "check_replayable",
+    "compare",
+    "configure",
+    "read_recording",
+    "replay",
+    "replay_history",
+]
