@@ -13,7 +13,9 @@ from pathlib import Path
 
 _LAST_LINES = 8
 _SAID = ("stopped: ", "error: ")
-_QUIET = {
+# Runs a command of safe-lab that ends with the process that started it.
+CHILD = "safe_lab.cli.child"
+QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -36,7 +38,7 @@ def started(arguments: Sequence[str], log: Path, environment: Mapping[str, str])
             stdin=subprocess.PIPE,  # closes when this process ends, and the other ends then
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **_QUIET, **environment},
+            env={**os.environ, **QUIET, **environment},
             start_new_session=True,  # Ctrl-C comes here alone
         )
     try:

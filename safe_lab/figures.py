@@ -52,6 +52,13 @@ FIGURES = (
 )
 
 
+# Those that a replay forecasts.
+FORECAST = (
+    *("resources/memory_mean_bytes", "resources/memory_peak_bytes", "resources/flops", "resources/wall_seconds"),
+    *("frozen_share", "frozen_depth"),
+)
+
+
 def known_figures(config: Config) -> tuple[str, ...]:
     """Names of the figures that a run of this configuration reports."""
     task = TASKS[config.data.task]

@@ -27,7 +27,7 @@ LAYERS = [
     },
     {"schedule", "policy", "importance", "data", "sharpness"},
     {"config"},
-    {"decision"},
+    {"decision", "nursery"},
     {"adapters", "model", "freezing", "checkpoint", "run_folder", "environment", "result", "evaluation", "memory"},
     {"optimizer", "resources", "plan", "prefix", "export", "folding", "gauging"},
     {"savings", "tracking", "losses", "figures", "micro_batches", "training_state"},

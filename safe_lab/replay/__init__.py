@@ -1,12 +1,11 @@
 """Replay: from what a run has recorded, without training, when other schedules would have frozen what, and at what cost."""
 
-from safe_lab.replay.costs import FIGURES, CostModel
+from safe_lab.replay.costs import CostModel, forecast_peak
 from safe_lab.replay.history import History, Moment, check_replayable, replay_history
 from safe_lab.replay.recording import Recording, read_recording
 from safe_lab.replay.replaying import Comparison, Replay, Replayer, compare, configure, replay
 
 __all__ = [
-    "FIGURES",
     "Comparison",
     "CostModel",
     "History",
@@ -17,6 +16,7 @@ __all__ = [
     "check_replayable",
     "compare",
     "configure",
+    "forecast_peak",
     "read_recording",
     "replay",
     "replay_history",

@@ -15,21 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from safe_lab.config import Config
+from safe_lab.figures import FORECAST, read_figure
 from safe_lab.policy import POLICIES
 from safe_lab.replay.history import History
 from safe_lab.replay.recording import Recording, Stage
 from safe_lab.replay.stage_costs import StageCost, StagePlanner
 from safe_lab.section import ConfigError
-
-# Figures of result.json that are forecast, by their names there.
-FIGURES = (
-    "resources/memory_mean_bytes",
-    "resources/memory_peak_bytes",
-    "resources/flops",
-    "resources/wall_seconds",
-    "frozen_share",
-    "frozen_depth",
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class CostModel:
             ConfigError: Too few rows were logged, or the run's memory was planned by a budget, or several processes trained it.
             ValueError: The planner can run the model in no way.
         """
-        config, resources = recording.config, recording.result["resources"]
+        config = recording.config
         if config.memory.budget is not None:
             raise ConfigError(f"{recording.path}: memory.budget: what its stages would have cost cannot be told")
         if recording.result["processes"]["count"] > 1:
@@ -82,15 +73,8 @@ class CostModel:
             )
         self._recording = recording
         self._live: Stage = live
-        micro_steps = resources["traced_micro_steps"] + resources["scaled_micro_steps"]
-        examples = recording.result["steps"] * config.training.batch_size * config.training.gradient_accumulation
-        self._planner = StagePlanner(
-            config,
-            num_labels=max(len(recording.result["labels"]), 1),
-            rows=max(round(examples / micro_steps), 1),
-            tokens=max(round(resources["tokens_computed"] / examples), 2),
-            device="cpu" if resources["device_allocated_peak_bytes"] is None else "cuda",
-        )
+        rows, tokens = _measure_shape(recording)
+        self._planner = _build_planner(recording, config, rows=rows, tokens=tokens)
         self._base = self._planner.cost((), folds=False, skips=False)
         # A model whose adapters cannot be merged, or whose layers cannot be run in part, showed it where something froze.
         froze = any(scoring.frozen_units for scoring in recording.scorings)
@@ -98,7 +82,7 @@ class CostModel:
         self._elsewhere_bytes = self._measure_elsewhere()
 
     def forecast(self, history: History, config: Config) -> dict[str, float]:
-        """The figures of :data:`FIGURES` that the run would have come to.
+        """The figures of :data:`~safe_lab.figures.FORECAST` that the run would have come to.
 
         Args:
             history: What would have frozen when.
@@ -256,7 +240,46 @@ class CostModel:
 
 
 def read_truth(recording: Recording) -> Mapping[str, float]:
-    """The figures of :data:`FIGURES` that a run did come to."""
-    from safe_lab.figures import read_figure
+    """The figures of :data:`~safe_lab.figures.FORECAST` that a run did come to."""
+    return {name: read_figure(recording.result, name) for name in FORECAST}
 
-    return {name: read_figure(recording.result, name) for name in FIGURES}
+
+def forecast_peak(recording: Recording, config: Config) -> float:
+    """Most bytes live in a run of another configuration on the same data, as long as nothing is frozen.
+
+    Args:
+        recording: A run on the same rows.
+        config: The configuration; batch, adapter, unit, precision and all else that the planner knows may differ.
+
+    Raises:
+        ConfigError: The data differ, or a run's memory is planned by a budget, or too few rows were logged.
+        ValueError: The planner can run the model in no way.
+    """
+    if config.data != recording.config.data or config.model.path != recording.config.model.path:
+        raise ConfigError(f"{recording.path}: its data or its model are not those of this configuration")
+    if config.memory.budget is not None or recording.config.memory.budget is not None:
+        raise ConfigError(f"{recording.path}: memory.budget: the peak is what it says")
+    live = recording.stages.get((frozenset(), False))
+    if live is None:
+        raise ConfigError(f"{recording.path}: no row tells what a step takes while nothing is frozen")
+    rows, tokens = _measure_shape(recording)
+    factor = config.training.batch_size / recording.config.training.batch_size
+    was = _build_planner(recording, recording.config, rows=rows, tokens=tokens).cost((), folds=False, skips=False)
+    new_rows = max(round(rows * factor), 1)
+    stage = _build_planner(recording, config, rows=new_rows, tokens=tokens).cost((), folds=False, skips=False)
+    on_the_way = live.peak_bytes - was.peak_resident_bytes
+    return stage.peak_resident_bytes + on_the_way * stage.peak_transient_bytes / was.peak_transient_bytes
+
+
+def _measure_shape(recording: Recording) -> tuple[int, int]:
+    """Examples in a micro-step and tokens of an example, padding included, on average."""
+    training, resources = recording.config.training, recording.result["resources"]
+    micro_steps = resources["traced_micro_steps"] + resources["scaled_micro_steps"]
+    examples = recording.result["steps"] * training.batch_size * training.gradient_accumulation
+    return max(round(examples / micro_steps), 1), max(round(resources["tokens_computed"] / examples), 2)
+
+
+def _build_planner(recording: Recording, config: Config, *, rows: int, tokens: int) -> StagePlanner:
+    on_cuda = recording.result["resources"]["device_allocated_peak_bytes"] is not None
+    num_labels = max(len(recording.result["labels"]), 1)
+    return StagePlanner(config, num_labels=num_labels, rows=rows, tokens=tokens, device="cuda" if on_cuda else "cpu")

@@ -15,7 +15,9 @@ from safe_lab.adapters import tuner_layers
 from safe_lab.config import Config
 from safe_lab.memory.ledger import Ledger, Pace, Trace
 from safe_lab.memory.predict import count_bytes
+from safe_lab.model import num_positions
 from safe_lab.plan.subject import build_subject
+from safe_lab.prefix.rows import MULTIPLE
 from safe_lab.prefix.stack import Stack, UnsupportedError
 
 # Some ten on a core with vector units, some hundred on a GPU; only the weight of small operators beside products hangs on it.
@@ -169,8 +171,12 @@ class StagePlanner:
     def _trace_prefix(self, depth: int) -> Trace:
         rehearsal = self._rehearsal
         assert self._stack is not None
+        model: Any = rehearsal.model
+        positions = num_positions(model.get_base_model())
+        # It pads its rows.
+        tokens = -(-self._tokens // MULTIPLE) * MULTIPLE
         with rehearsal.mode:
-            batch = rehearsal.make_batch(self._rows, self._tokens)
+            batch = rehearsal.make_batch(self._rows, min(tokens, positions or tokens))
             with Ledger(rehearsal.model, batch=batch.values(), pace=self._pace) as ledger:
                 self._stack.run(self._stack.inputs_of(batch), start=0, stop=depth)
         return ledger.trace

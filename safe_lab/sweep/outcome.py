@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -76,12 +77,31 @@ class Outcome:
             "open": len(roster.open),
             "taken_up": roster.num_taken_up,
             "front": [self._entry(trial) for trial in self.front],
+            "turned_away": {
+                str(root_of(trial)): trial.user_attrs[stored.TURNED_AWAY]
+                for trial in roster.of_state(TrialState.PRUNED)
+                if stored.TURNED_AWAY in trial.user_attrs
+            },
+            "forecast_errors": self._forecast_errors(),
             "importance": {name: dict(shares) for name, shares in self.importance.items()},
             "failures": {
                 str(root_of(trial)): trial.user_attrs.get(stored.FAILURE, "")
                 for trial in roster.of_state(TrialState.FAIL)
             },
         }
+
+    def _forecast_errors(self) -> dict[str, list[float]]:
+        """By constraint, how far the forecasts of trials were off that were trained all the same: forecast / truth - 1."""
+        errors: dict[str, list[float]] = {}
+        for trial in self.roster.of_state(TrialState.COMPLETE):
+            by_figure = trial.user_attrs.get(stored.BY_SEED, {})
+            for constraint in self.study_file.constraints:
+                forecast = trial.user_attrs.get(stored.FORECAST, {}).get(constraint.text)
+                # Forecasts are of the first seed.
+                truth = by_figure.get(constraint.figure, [0.0])[0]
+                if forecast is not None and truth:
+                    errors.setdefault(constraint.text, []).append(forecast / truth - 1)
+        return errors
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each trial that has ended: its number and state, its objectives, whether it is on the front, its settings."""
@@ -176,6 +196,17 @@ def print_tables(outcome: Outcome, console: Console) -> None:
     if counts["open"]:
         line += f"; {counts['open']} have not ended"
     console.print(line, highlight=False)
+    if counts["turned_away"]:
+        console.print(
+            f"{len(counts['turned_away'])} of the pruned were not trained: they would break a constraint",
+            highlight=False,
+        )
+    for text, errors in counts["forecast_errors"].items():
+        mean, worst = fmean(map(abs, errors)), max(map(abs, errors))
+        line = (
+            f"forecasts for {text} were off by {mean:.1%} on average, {worst:.1%} at worst, over {len(errors)} trials"
+        )
+        console.print(line, markup=False, highlight=False)
     broken = sum(not keeps_constraints(trial) for trial in outcome.roster.of_state(TrialState.COMPLETE))
     if broken:
         console.print(f"{broken} of the complete ones break a constraint", highlight=False)

@@ -32,6 +32,8 @@ BEAT = "beat"
 FAILURE = "failure"
 SPREAD = "spread"
 BY_SEED = "by_seed"
+FORECAST = "forecast"
+TURNED_AWAY = "turned_away"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from safe_lab import config as configuration
 from safe_lab import run_folder
-from safe_lab.child import started, why_ended
+from safe_lab.child import why_ended
 from safe_lab.config import Config
+from safe_lab.nursery import Start
 from safe_lab.run_folder import RunFolder
 from safe_lab.section import ConfigError
 
@@ -45,6 +46,7 @@ class Ended:
 def train(
     config: Config,
     *,
+    start: Start,
     watch: Callable[[Evaluation], bool],
     tick: Callable[[], None],
 ) -> Ended:
@@ -54,6 +56,7 @@ def train(
 
     Args:
         config: The run.
+        start: Starts the process.
         watch: Called with each row of metrics.jsonl that has an evaluation, once each and in order; True ends the run.
         tick: Called again and again while the run goes on.
     """
@@ -69,8 +72,7 @@ def train(
         if fault:
             return Ended("failed", {}, fault)
         file = str((path.parent / f"{path.name}.yaml").absolute())
-        arguments = ["safe_lab.cli.child", "train", file, "--resume", "--quiet"]
-        with started(arguments, log, {}) as process:
+        with start(["train", file, "--resume", "--quiet"], log) as process:
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_SECONDS)
@@ -80,7 +82,7 @@ def train(
         if process.returncode == 0:
             if any(watch(row) for row in rows.read()):
                 return Ended("stopped", {})
-            return _measure_sharpness(config, log, tick) or _read_result(path)
+            return _measure_sharpness(config, log, start, tick) or _read_result(path)
         if process.returncode > 0 and not _is_held(path):
             return Ended("failed", {}, why_ended(process.returncode, log))
         if process.returncode > 0:
@@ -100,12 +102,12 @@ def remove_leftovers(path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _measure_sharpness(config: Config, log: Path, tick: Callable[[], None]) -> Ended | None:
+def _measure_sharpness(config: Config, log: Path, start: Start, tick: Callable[[], None]) -> Ended | None:
     """Measure what a run that was killed after its training has left out; how it failed, if it did."""
     path = config.run_folder
     if config.sharpness.when == "never" or _read_result(path).result.get("sharpness") is not None:
         return None
-    with started(["safe_lab.cli.child", "sharpness", str(path)], log, {}) as process:
+    with start(["sharpness", str(path)], log) as process:
         while process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL_SECONDS)

@@ -15,8 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from safe_lab import config as configuration
-from safe_lab.config import Config, Count, Positive
-from safe_lab.figures import check_figure, parse_amount
+from safe_lab.config import Config, Count, Positive, Share
+from safe_lab.figures import FORECAST, check_figure, parse_amount
 from safe_lab.section import ConfigError, Section, check, override_all, override_copy, read_tree
 from safe_lab.sweep.space import Parameter, ParameterSection, Space
 
@@ -79,6 +79,12 @@ class StudySection(Section):
         description="none, median, percentile, successive_halving, hyperband, threshold, patient (wrapped: another one) or "
         "wilcoxon (over seeds), with its arguments; for one objective",
     )
+    prefilter: bool = Field(
+        False, description="turn away trials that will break a constraint, as replays of the study's finished runs tell"
+    )
+    prefilter_margin: Share = Field(
+        0.05, description="share by which a forecast may be off: a trial that breaks its bound by less is trained"
+    )
     num_trials: Count = Field(description="trials that come to an end of their own: complete, pruned or failed")
     timeout: Positive | None = Field(
         None, description="seconds after which a worker begins no more trials; null: no limit"
@@ -128,6 +134,10 @@ class Constraint:
     def excess(self, value: float) -> float:
         """By how much a value breaks it; 0 or less if it does not."""
         return self.sign * (value - self.bound)
+
+    def describe_bound(self) -> str:
+        """The bound, as a person reads it."""
+        return f"{'at most' if self.sign > 0 else 'at least'} {self.bound:.4g}"
 
 
 @dataclass(frozen=True)
@@ -287,6 +297,8 @@ def _find_faults_of_parts(study: StudyFile, config: Config) -> list[str]:
             faults.append(str(error))
     if not faults:
         faults += _try_out(study)
+    if settings.prefilter and not any(constraint.figure in FORECAST for constraint in study.constraints):
+        faults.append(f"prefilter: no constraint is on a figure that can be forecast: {', '.join(FORECAST)}")
     pruner = settings.pruner.name
     if len(settings.objectives) > 1:
         if pruner != "none":

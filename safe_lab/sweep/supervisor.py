@@ -150,5 +150,6 @@ class Supervisor:
             named = zip(self.study_file.objectives, trial.values, strict=True)
             return f"{name} ({done}): " + ", ".join(f"{figure} {value:.6g}" for figure, value in named)
         if trial.state == TrialState.PRUNED:
-            return f"{name} ({done}): pruned"
+            reason = trial.user_attrs.get(stored.TURNED_AWAY)
+            return f"{name} ({done}): " + ("pruned" if reason is None else f"not trained: {reason}")
         return f"{name} ({done}): failed, {' '.join(trial.user_attrs.get(stored.FAILURE, '').splitlines()[:2])}"

@@ -14,19 +14,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from safe_lab.config import Config
 from safe_lab.figures import read_figure
+from safe_lab.nursery import Start
 from safe_lab.section import ConfigError
 from safe_lab.sweep import roster as stored
 from safe_lab.sweep.owner import Watch, describe_owner
 from safe_lab.sweep.roster import Roster, take_up
 from safe_lab.sweep.runs import Ended, Evaluation, remove_leftovers, train
 from safe_lab.sweep.study_file import StudyFile
+
+if TYPE_CHECKING:
+    from safe_lab.sweep.prefilter import Prefilter
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +46,18 @@ class Worker:
     Attributes:
         study_file: What is searched.
         study: Where it is kept.
+        start: Starts the processes of runs.
         deadline: Time (since the epoch) after which no more trials are begun; None: no limit.
     """
 
     study_file: StudyFile
     study: Study
+    start: Start
     deadline: float | None = None
     _beat: int = 0
     _beat_at: float = -math.inf
     _watch: Watch = field(init=False)
+    _prefilter: Prefilter | None = None
 
     def __post_init__(self) -> None:
         """Look after the others from the start."""
@@ -115,8 +123,10 @@ class Worker:
                 config = self.study_file.config_of(number, values, seed)
             except ConfigError as error:
                 return [*runs, Ended("failed", {}, str(error))]
+            if place == 0 and settings.prefilter and self._turns_away(trial, config):
+                return [Ended("stopped", {})]
             watch = _Pruning(trial, settings.pruner.name, next(iter(settings.objectives)), place)
-            ended = train(config, watch=watch.sees, tick=lambda: self._live(trial))
+            ended = train(config, start=self.start, watch=watch.sees, tick=lambda: self._live(trial))
             if ended.how == "finished":
                 ended = self._check_figures(ended)
             runs.append(ended)
@@ -128,6 +138,24 @@ class Worker:
             if settings.pruner.name == "wilcoxon" and self._is_hopeless(trial, place, ended):
                 return [*runs, Ended("stopped", {})]
         return runs
+
+    def _turns_away(self, trial: Trial, config: Config) -> bool:
+        """Whether a trial is not worth to be trained; what its runs are thought to come to is noted in any case."""
+        if self._prefilter is None:
+            # It plans, and so imports torch, which a worker needs for nothing else.
+            from safe_lab.sweep.prefilter import Prefilter
+
+            self._prefilter = Prefilter(self.study_file)
+        forecast = self._prefilter.forecast(config)
+        trial.set_user_attr(stored.FORECAST, dict(forecast))
+        reason = self._prefilter.find_reason(forecast)
+        if reason is None:
+            return False
+        for constraint in self.study_file.constraints:
+            if constraint.text in forecast:
+                trial.set_constraint(constraint.text, constraint.excess(forecast[constraint.text]))
+        trial.set_user_attr(stored.TURNED_AWAY, reason)
+        return True
 
     def _check_figures(self, ended: Ended) -> Ended:
         """As it was, or failed if an objective is missing or not finite."""

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from safe_lab.child import end_with_parent
+from safe_lab.nursery import Nursery, start_afresh
 from safe_lab.section import ConfigError
 
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     from safe_lab.sweep.joining import open_study
     from safe_lab.sweep.storage import open_storage
     from safe_lab.sweep.study_file import load
-    from safe_lab.sweep.supervisor import STORAGE_VARIABLE
+    from safe_lab.sweep.supervisor import STORAGE_VARIABLE, find_gpus
     from safe_lab.sweep.worker import Worker
 
     # Not left for the trainings to see: it may hold a password.
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         study_file = load(study_path, num_trials=int(num_trials))
         study = open_study(study_file, open_storage(address))
-        Worker(study_file, study, None if deadline == "none" else float(deadline)).work()
+        start = start_afresh if find_gpus() else Nursery().start
+        Worker(study_file, study, start, None if deadline == "none" else float(deadline)).work()
     except (ConfigError, OSError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

@@ -27,6 +27,12 @@ def processes_of(process, module):
     return found
 
 
+def trainings_of(process):
+    """What nurseries below a process have forked."""
+    nurseries = processes_of(process, "safe_lab.cli.nursery")
+    return [forked for forked in nurseries if forked.ppid() in {nursery.pid for nursery in nurseries}]
+
+
 def test_a_study_gives_its_best_trial_and_a_folder_for_each(sweep):
     sweep.write(enqueue=[{"training.learning_rate": 0.05}])
     found = sweep.run()
@@ -107,6 +113,24 @@ def test_a_trial_that_breaks_a_constraint_is_no_solution(sweep):
     assert (found["complete"], found["front"]) == (1, [])
 
 
+def test_trials_that_will_break_a_constraint_are_turned_away_by_replay_of_those_before(sweep):
+    sweep.tree["base"]["training"] |= {"epochs": 3, "log_every": 1}
+    points = [{"freezing.final_threshold": value} for value in (0.0, 2.0, 0.4)]
+    sweep.write(
+        space={"freezing.final_threshold": {"low": 0.0, "high": 2.0}},
+        constraints=["frozen_share <= 0.5", "resources/memory_peak_bytes <= 1GiB"],
+        enqueue=points,
+        prefilter=True,
+    )
+    found = sweep.run()
+    assert (found["complete"], found["pruned"], found["failed"]) == (2, 1, 0)
+    assert found["turned_away"] == {"1": "frozen_share would be 1, and is to be at most 0.5"}
+    assert not (sweep.folder / "trial-0001").exists()
+    # The first had none to be told by; the third was told by it, and trained.
+    (error,) = found["forecast_errors"]["resources/memory_peak_bytes <= 1GiB"]
+    assert abs(error) < 0.1
+
+
 def test_hopeless_trials_are_pruned_by_what_they_report(sweep):
     sweep.tree["base"]["training"] |= {"epochs": 4, "eval_every": 2, "log_every": 1}
     sweep.write(
@@ -127,9 +151,9 @@ def test_a_trial_that_is_killed_goes_on_from_its_checkpoint(sweep):
     with sweep.start("--json") as process:
         run_folder = sweep.folder / "trial-0000" / "seed-0"
         wait_for(lambda: list(run_folder.glob("checkpoints/step-*")))
-        (training,) = processes_of(process, "safe_lab.cli.child")
+        (training,) = trainings_of(process)
         training.kill()
-        (again,) = wait_for(lambda: [p for p in processes_of(process, "safe_lab.cli.child") if p.pid != training.pid])
+        (again,) = wait_for(lambda: [p for p in trainings_of(process) if p.pid != training.pid])
         found = sweep.finish(process)
     assert (found["complete"], found["failed"], found["taken_up"]) == (1, 0, 0)
     check_rows_are_whole(sweep)
@@ -140,7 +164,7 @@ def test_a_worker_that_is_killed_leaves_its_trial_to_the_next(sweep):
     sweep.write(num_trials=2)
     with sweep.start("--json") as process:
         wait_for(lambda: list(sweep.folder.glob("trial-0000/seed-0/checkpoints/step-*")))
-        (training,) = processes_of(process, "safe_lab.cli.child")
+        (training,) = trainings_of(process)
         (worker,) = processes_of(process, "safe_lab.sweep.worker_process")
         worker.kill()
         # What it had going ends with it.

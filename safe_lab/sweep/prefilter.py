@@ -1,0 +1,100 @@
+"""Turn away trials that will break a constraint, before they cost anything: by replay of the runs a study has finished."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safe_lab.config import Config
+from safe_lab.figures import FORECAST
+from safe_lab.replay import Replayer, check_replayable, forecast_peak, read_recording
+from safe_lab.section import ConfigError
+from safe_lab.sweep.study_file import Constraint, StudyFile
+
+log = logging.getLogger(__name__)
+
+_PEAK = "resources/memory_peak_bytes"
+
+
+@dataclass
+class Prefilter:
+    """Forecasts what a trial would come to, from the finished runs of its study that lie on this disk.
+
+    Attributes:
+        study_file: What is searched.
+    """
+
+    study_file: StudyFile
+    _runs: dict[Path, Replayer | None] = field(default_factory=dict)
+
+    def forecast(self, config: Config) -> Mapping[str, float]:
+        """What a run would come to, for each constraint that can be told: its figure by the constraint's text.
+
+        The figures are those of a replay of the finished run that froze least, of those whose scores tell about this one; the
+        peak, where none does, follows from any run on the same data.
+        """
+        wanted = [constraint for constraint in self.study_file.constraints if constraint.figure in FORECAST]
+        found: Mapping[str, float] = {}
+        if wanted:
+            found = self._replay(config) or self._scale_peak(config)
+        return {constraint.text: found[constraint.figure] for constraint in wanted if constraint.figure in found}
+
+    def find_reason(self, forecast: Mapping[str, float]) -> str | None:
+        """Why a trial is turned away, if it is: the constraints that it would break by more than the margin."""
+        margin = self.study_file.settings.prefilter_margin
+        broken = [
+            f"{constraint.figure} would be {forecast[constraint.text]:.4g}, and is to be {constraint.describe_bound()}"
+            for constraint in self.study_file.constraints
+            if constraint.text in forecast and is_broken(constraint, forecast[constraint.text], margin)
+        ]
+        return "; ".join(broken) or None
+
+    def _replay(self, config: Config) -> Mapping[str, float]:
+        for replayer in sorted(self._finished(config.seed), key=_count_frozen):
+            try:
+                check_replayable(replayer.recording, config)
+                found = replayer.replay(config).forecast
+            except ConfigError:
+                continue
+            except RuntimeError as error:
+                log.warning("no forecast is made from %s: %s", replayer.recording.path, error)
+                continue
+            if found is not None:
+                return found
+        return {}
+
+    def _scale_peak(self, config: Config) -> Mapping[str, float]:
+        for replayer in self._finished(config.seed):
+            try:
+                return {_PEAK: forecast_peak(replayer.recording, config)}
+            except (ValueError, RuntimeError):
+                continue
+        return {}
+
+    def _finished(self, seed: int) -> Iterator[Replayer]:
+        for path in sorted(self.study_file.folder.glob(f"trial-*/seed-{seed}/result.json")):
+            if path.parent not in self._runs:
+                try:
+                    self._runs[path.parent] = Replayer(read_recording(path.parent))
+                except ConfigError as error:
+                    log.warning("no forecast is made from a finished run: %s", error)
+                    self._runs[path.parent] = None
+            replayer = self._runs[path.parent]
+            if replayer is not None:
+                yield replayer
+
+
+def is_broken(constraint: Constraint, value: float, margin: float) -> bool:
+    """Whether a constraint is broken by a value even if that is off by a share of it.
+
+    >>> at_most = Constraint("frozen_depth <= 10", "frozen_depth", 10.0, 1)
+    >>> is_broken(at_most, 10.4, 0.05), is_broken(at_most, 10.6, 0.05)
+    (False, True)
+    """
+    return constraint.excess(value / (1 + margin) if constraint.sign > 0 else value * (1 + margin)) > 0
+
+
+def _count_frozen(replayer: Replayer) -> int:
+    return sum(len(scoring.frozen_units) for scoring in replayer.recording.scorings)

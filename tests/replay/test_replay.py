@@ -1,0 +1,190 @@
+"""Replays of tiny runs, held against runs that were trained with the schedules that are replayed."""
+
+import json
+import shutil
+
+import pytest
+from tiny import save_tiny_model, tiny_tree_in
+
+from safe_lab import config as configuration
+from safe_lab.cli import main
+from safe_lab.replay import Replayer, compare, configure, forecast_peak, read_recording, replay
+from safe_lab.run import run
+from safe_lab.section import ConfigError
+
+SCHEDULES = {
+    "nothing": {"final_threshold": 0.0},
+    "early": {"warmup": 1, "final": 2, "final_threshold": 0.4},
+    "all": {"warmup": 0, "final": 1, "final_threshold": 2.0},
+    "prefix": {"policy": "prefix", "warmup": 1, "final": 3, "final_share": 0.7},
+    "none": {"policy": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Run folders of one experiment by variant: texts of one length, so that every step has the same shape."""
+    place = tmp_path_factory.mktemp("replay")
+    # As large as to weigh more than the adapters and what is noise of the clock.
+    model = save_tiny_model(place / "model", hidden_size=64, intermediate_size=128, num_hidden_layers=4)
+    tree = tiny_tree_in(place, model)
+    rows = [
+        f"{'word1 ' if i % 2 else 'word2 '}{' '.join(f'word{(7 * i + j) % 40 + 3}' for j in range(11))},{i % 2}"
+        for i in range(64)
+    ]
+    (place / "data.csv").write_text("\n".join(["text,label", *rows]))
+    tree["training"] |= {"epochs": 4, "log_every": 1}
+    tree["data"] |= {"max_train_samples": 48, "max_validation_samples": 8}
+    for name, schedule in SCHEDULES.items():
+        freezing = tree["freezing"] | {"interval": "epoch", "metric": "sensitivity"} | schedule
+        run(configuration.build(tree | {"variant": name, "freezing": freezing}))
+    return {name: place / "runs" / "tiny" / name / "seed-0" for name in SCHEDULES}
+
+
+@pytest.fixture(scope="module")
+def recording(folders):
+    """The run that scored all units at each scoring and froze none."""
+    return read_recording(folders["nothing"])
+
+
+@pytest.fixture(scope="module")
+def replayer(recording):
+    """Of that run."""
+    return Replayer(recording)
+
+
+@pytest.mark.parametrize("name", ["early", "all", "prefix"])
+def test_a_runs_own_schedule_replays_to_what_it_did(folders, name):
+    found = read_recording(folders[name])
+    history = replay(folders[name]).history
+    assert [moment.frozen for moment in history.moments] == [scoring.frozen_units for scoring in found.scorings]
+    assert history.moments[-1].frozen
+    assert not history.stale_share
+
+
+@pytest.mark.parametrize("name", ["early", "all", "prefix", "none"])
+def test_a_replay_of_another_schedule_is_near_to_the_run_trained_with_it(replayer, folders, name):
+    found = replayer.compare(read_recording(folders[name]))
+    assert found.right >= 0.9 * found.unit_scorings > 0
+    # An average over time, which on a model as small as this goes with the machine's noise.
+    assert abs(found.errors["resources/memory_mean_bytes"]) < 0.2
+    assert abs(found.errors["resources/flops"]) < 0.05
+    assert abs(found.errors["resources/memory_peak_bytes"]) < 0.1
+
+
+@pytest.mark.parametrize("savings", [{}, {"cache": False}, {"prefix": False}, {"fold": False}])
+def test_flops_of_a_stage_are_forecast_exactly(replayer, folders, tmp_path, savings):
+    tree = configuration.load(folders["prefix"] / "config.yaml").model_dump(mode="json")
+    tree |= {"output_dir": str(tmp_path), "savings": tree["savings"] | savings}
+    config = configuration.build(tree)
+    run(config)
+    truth = read_recording(config.run_folder)
+    replayed = replayer.replay(config)
+    costs = replayer._costs
+    for span in costs._spans(replayed.history, config):
+        measured = truth.stages[span.frozen, span.cached]
+        assert costs._step(span, config).flops == pytest.approx(sum(measured.flops.values()), rel=1e-9)
+
+
+def test_scores_of_units_that_were_frozen_are_told_as_stale(folders):
+    # All were frozen at the first scoring there, so that whatever is live later has its score from then.
+    replayed = replay(folders["all"], ["freezing.final_threshold=0.3", "freezing.warmup=1", "freezing.final=2"])
+    first, *others = replayed.history.moments
+    assert not first.stale
+    assert all(len(moment.stale) >= len(recorded_live(replayed, moment)) > 0 for moment in others)
+    assert replayed.history.stale_share > 0.5
+
+
+def recorded_live(replayed, moment):
+    """Units that are live after a moment."""
+    return set(range(replayed.history.num_units)) - moment.frozen
+
+
+def test_a_coarser_interval_takes_the_scorings_that_are_there(recording):
+    steps = recording.scorings[0].step
+    config = configure(recording, [f"freezing.interval={2 * steps}"])
+    assert [moment.step for moment in Replayer(recording).replay(config).history.moments] == [2 * steps]
+    with pytest.raises(ConfigError, match="scores after step 4, and the run, with epoch, did not"):
+        Replayer(recording).replay(configure(recording, ["freezing.interval=4"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["freezing.metric=cka"], "the scores that were recorded are by sensitivity"),
+        (["freezing.unit=module"], "freezing.unit: cannot be replayed, only trained"),
+        (["training.epochs=9"], "training.epochs: cannot be replayed"),
+        (["freezing.final_treshold=1"], "did you mean final_threshold"),
+        (["freezing.final_threshold"], "an override reads dotted.key=value"),
+    ],
+)
+def test_what_the_records_do_not_tell_is_refused(folders, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        replay(folders["nothing"], overrides)
+
+
+def test_a_metric_that_nobody_asks_for_may_be_another(folders):
+    assert replay(folders["nothing"], ["freezing.policy=prefix", "freezing.metric=cka"]).history.moments[-1].frozen
+
+
+def test_a_run_without_scores_tells_what_to_do(folders):
+    with pytest.raises(ConfigError, match="policy none recorded none; one with policy safe and final_threshold 0"):
+        replay(folders["none"], ["freezing.policy=safe"])
+
+
+def test_folders_that_are_no_finished_run_or_damaged_are_named(folders, tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no config\.yaml"):
+        read_recording(tmp_path)
+    copy = shutil.copytree(folders["early"], tmp_path / "copy")
+    (copy / "result.json").unlink()
+    with pytest.raises(ConfigError, match="the run has not finished"):
+        read_recording(copy)
+    shutil.copy(folders["early"] / "result.json", copy)
+    rows = (copy / "importance.jsonl").read_text().splitlines()
+    (copy / "importance.jsonl").write_text("\n".join(rows[1:]))
+    with pytest.raises(ConfigError, match="lacks a unit"):
+        read_recording(copy)
+    (copy / "importance.jsonl").write_text("{")
+    with pytest.raises(ConfigError, match="damaged"):
+        read_recording(copy)
+
+
+def test_costs_that_cannot_be_told_leave_the_schedule(folders, tmp_path):
+    copy = shutil.copytree(folders["nothing"], tmp_path / "copy")
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if "train/loss" not in row or row["step"] == rows[-2]["step"]]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    replayed = replay(copy, ["freezing.final_threshold=0.4"])
+    assert replayed.forecast is None
+    assert "log_every" in replayed.no_forecast
+    assert replayed.history.moments[-1].frozen
+
+
+def test_the_peak_of_another_batch_is_near_to_the_run_trained_with_it(recording, tmp_path):
+    tree = recording.config.model_dump(mode="json") | {"output_dir": str(tmp_path)}
+    tree["training"] |= {"batch_size": 16}
+    tree["adapter"] |= {"rank": 8}
+    config = configuration.build(tree)
+    truth = run(config).resources["memory_peak_bytes"]
+    assert forecast_peak(recording, config) == pytest.approx(truth, rel=0.1)
+    other = configuration.build(tree | {"data": tree["data"] | {"max_length": 8}})
+    with pytest.raises(ConfigError, match="its data or its model"):
+        forecast_peak(recording, other)
+
+
+def test_the_command_prints_a_table_and_json_and_measures_itself(folders, capsys):
+    arguments = ["replay", str(folders["nothing"]), "freezing.final_threshold=0.4"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "what would have frozen when" in printed
+    assert "Held against 4 runs that were trained with other schedules" in printed
+    assert main([*arguments, "--json", "--against", str(folders["early"])]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["path"] for entry in found["measured"]] == [str(folders["early"])]
+    assert len(found["scorings"]) == 3
+    assert found["forecast"]["resources/flops"] > 0
+    assert main(["replay", str(folders["nothing"] / "nowhere")]) == 2
+
+
+def test_comparing_gives_one_entry_for_each_run(folders):
+    assert len(compare(folders["nothing"], [folders["early"], folders["prefix"]])) == 2
