@@ -63,6 +63,9 @@ class Nursery:
         Args:
             arguments: The command and its arguments.
             log: File for what it prints.
+
+        Raises:
+            OSError: The process that forks has ended of itself; why stands in what this process prints.
         """
         log.write_bytes(b"")
         order = json.dumps({"arguments": list(arguments), "log": str(log)}) + "\n"
@@ -119,7 +122,9 @@ class _Forked:
             line = self.nursery.stdout.readline()
             if not line:
                 # With the nursery everything ends that it has forked.
-                self.returncode = self.nursery.wait() or -signal.SIGKILL
+                self.returncode = self.nursery.wait()
+                if self.returncode >= 0:
+                    raise OSError(f"the process that trainings are forked from ended, with exit code {self.returncode}")
             elif self.pid is None:
                 self.pid = int(line)
             else:

@@ -12,12 +12,14 @@ import json
 import os
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn
 
 from safe_lab.child import end_with_parent
 from safe_lab.cli.words import quiet_libraries
 
-# What a training imports one way or another. Nothing of it may compute or start a thread, which would not outlive a fork.
+# What a training imports one way or another. Threads do not outlive a fork: those of numpy's linear algebra are made anew
+# (OpenBLAS sees to that), and nothing else of this may start one.
 _IMPORTED = (
     "safe_lab.run",
     "safe_lab.saved",
@@ -76,12 +78,12 @@ def _become(arguments: list[str], log: str, held: int) -> NoReturn:
 
         code = run(arguments)
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
+        code = (0 if ended.code is None else 1) if not isinstance(ended.code, int) else ended.code
     except BaseException:  # noqa: BLE001 - the interpreter's own last words, as of a process that was started
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
 
 

@@ -46,7 +46,7 @@ def replay(arguments: Sequence[str]) -> int:
         with errors.status("replaying"):
             replayed = replayer.replay(config)
             against = [replaying.read_recording(Path(path)) for path in chosen.against]
-            comparisons = [replayer.compare(other) for other in against or replayer.comparable_beside()]
+            comparisons = [replayer.compare(other) for other in against] or replayer.compare_beside()
     except ConfigError as error:
         return refuse(error)
     except KeyboardInterrupt:

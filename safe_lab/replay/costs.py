@@ -11,8 +11,8 @@ way (activations, temporary tensors) is scaled so. Evaluations and scorings go w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from safe_lab.config import Config
 from safe_lab.figures import FORECAST, read_figure
@@ -21,6 +21,7 @@ from safe_lab.replay.history import History
 from safe_lab.replay.recording import Recording, Stage
 from safe_lab.replay.stage_costs import StageCost, StagePlanner
 from safe_lab.section import ConfigError
+from safe_lab.tracking import SAVINGS
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class _Span:
     Attributes:
         steps: How many.
         frozen: Units that are frozen in them.
-        cached: Whether the prefix's output is read, not computed.
+        cached: Units that were frozen when the cache last grew; what froze later is computed from there.
     """
 
     steps: int
     frozen: frozenset[int]
-    cached: bool
+    cached: frozenset[int]
 
 
 class CostModel:
@@ -55,17 +56,21 @@ class CostModel:
         """Take what the run measured while nothing was frozen.
 
         Raises:
-            ConfigError: Too few rows were logged, or the run's memory was planned by a budget, or several processes trained it.
+            ConfigError: What the run would have cost cannot be told; the message says why.
             ValueError: The planner can run the model in no way.
         """
-        config = recording.config
+        config, result = recording.config, recording.result
         if config.memory.budget is not None:
             raise ConfigError(f"{recording.path}: memory.budget: what its stages would have cost cannot be told")
-        if recording.result["processes"]["count"] > 1:
+        if result["processes"]["count"] > 1:
             raise ConfigError(
                 f"{recording.path}: several processes trained it, and replay knows the costs of one alone"
             )
-        live = recording.stages.get((frozenset(), False))
+        if result["steps"] < recording.num_steps:
+            raise ConfigError(
+                f"{recording.path}: training.early_stopping ended it, and where another schedule would have ended nobody knows"
+            )
+        live = recording.stages.get((frozenset(), 0))
         if live is None:
             raise ConfigError(
                 f"{recording.path}: training.log_every: {config.training.log_every} leaves no row between two scorings or "
@@ -76,77 +81,88 @@ class CostModel:
         rows, tokens = _measure_shape(recording)
         self._planner = _build_planner(recording, config, rows=rows, tokens=tokens)
         self._base = self._planner.cost((), folds=False, skips=False)
-        # A model whose adapters cannot be merged, or whose layers cannot be run in part, showed it where something froze.
-        froze = any(scoring.frozen_units for scoring in recording.scorings)
-        self._can_fold = not (froze and config.savings.fold and not recording.result["savings"]["folded_layers"])
+        # What a model or a tokenizer stands in the way of showed where something froze.
+        self._can_fold = self._can_skip = self._can_cache = True
+        spans = self._recorded_spans()
+        last, there = self._stage(spans[-1].frozen, config), result["savings"]
+        self._can_fold = not (last.folded_layers and not there["folded_layers"])
+        self._can_skip = not (last.prefix_depth and not there["prefix_depth"])
+        cached = any(row[SAVINGS.format(name="cached_depth")] for row in recording.rows)
+        self._can_cache = cached or not any(self._cached_depth(span, config) for span in spans)
         self._elsewhere_bytes = self._measure_elsewhere()
 
     def forecast(self, history: History, config: Config) -> dict[str, float]:
-        """The figures of :data:`~safe_lab.figures.FORECAST` that the run would have come to.
+        """``resources/memory_mean_bytes``, ``memory_peak_bytes``, ``flops`` and ``wall_seconds`` that the run would have come to.
 
         Args:
             history: What would have frozen when.
             config: The configuration.
+
+        Raises:
+            ConfigError: The cache would lie in the memory whose bytes are to be told.
         """
-        spans = self._spans(history, config)
+        spans = self._cut([(moment.step, moment.frozen) for moment in history.moments], config)
         recording, resources = self._recording, self._recording.result["resources"]
+        on_cpu = resources["device_allocated_peak_bytes"] is None
+        if (
+            config.savings.cache_store == "memory"
+            and on_cpu
+            and any(self._cached_depth(span, config) for span in spans)
+        ):
+            raise ConfigError(
+                f"{recording.path}: savings.cache_store: memory: what cached activations take there is not forecast"
+            )
         steps = [(span, self._step(span, config)) for span in spans]
-        flops = sum(span.steps * step.flops for span, step in steps)
         training_seconds = sum(span.steps * step.seconds for span, step in steps)
         byte_seconds = sum(span.steps * step.seconds * step.mean_bytes for span, step in steps)
 
         fill_flops, fill_seconds = self._fill(spans, config)
         by_phase, seconds = resources["flops_by_phase"], resources["seconds"]
-        # What an evaluation or a scoring takes, of what it takes while nothing is frozen.
-        share = self._share_of_passes(spans, config)
-        share /= self._share_of_passes(self._recorded_spans(), recording.config)
-        scorings = history.scored / max(len(recording.scorings), 1) if recording.has_scores else 1.0
-        if not POLICIES[config.freezing.policy].uses_scores:
-            scorings = 0.0
-        flops += share * (by_phase["evaluation"] + scorings * by_phase["scoring"]) + fill_flops
+        # What evaluations and scorings take, of what they took in the run.
+        recorded = self._recorded_spans()
+        evaluations = self._passes(recording.evaluations, spans, config)
+        evaluations /= self._passes(recording.evaluations, recorded, recording.config) or 1.0
+        fresh = [scoring.step for scoring in recording.scorings if scoring.fresh]
+        scorings = self._passes(history.scored, spans, config)
+        # Without scores, a scoring costs next to nothing, and is all of what was recorded where that had none either.
+        scorings = scorings / self._passes(fresh, recorded, recording.config) if fresh else 1.0
         elsewhere = (
-            share * (seconds["evaluation"] + scorings * seconds["scoring"])
+            evaluations * seconds["evaluation"]
+            + scorings * seconds["scoring"]
             + fill_seconds
             + sum(seconds[name] for name in ("freezing", "checkpoint", "tracking"))
         )
-        last = history.moments[-1].frozen if history.moments else frozenset()
-        depth = next((unit for unit in range(history.num_units) if unit not in last), history.num_units)
         return {
             "resources/memory_mean_bytes": (byte_seconds + elsewhere * self._elsewhere_bytes)
             / (training_seconds + elsewhere),
             "resources/memory_peak_bytes": max(
                 self._peak_elsewhere(spans, config), *(step.peak_bytes for _, step in steps)
             ),
-            "resources/flops": flops,
-            "resources/wall_seconds": seconds["setup"] + training_seconds + elsewhere,
-            "frozen_share": len(last) / history.num_units,
-            "frozen_depth": depth,
+            "resources/flops": sum(span.steps * step.flops for span, step in steps)
+            + evaluations * by_phase["evaluation"]
+            + scorings * by_phase["scoring"]
+            + fill_flops,
+            "resources/wall_seconds": seconds["setup"] + training_seconds + elsewhere + seconds["sharpness"],
         }
 
-    def _spans(self, history: History, config: Config) -> list[_Span]:
-        marks = [(0, frozenset[int]()), *((moment.step, moment.frozen) for moment in history.moments)]
-        return self._cut(marks, config)
-
     def _recorded_spans(self) -> list[_Span]:
-        marks = [
-            (0, frozenset[int]()),
-            *((scoring.step, scoring.frozen_units) for scoring in self._recording.scorings),
-        ]
+        marks = [(scoring.step, scoring.frozen_units) for scoring in self._recording.scorings]
         return self._cut(marks, self._recording.config)
 
-    def _cut(self, marks: list[tuple[int, frozenset[int]]], config: Config) -> list[_Span]:
-        """Spans between what froze at which step; a prefix is cached while each example is still to come more than once."""
-        total, spans, cached_frozen = self._recording.result["steps"], list[_Span](), frozenset[int]()
-        ends = [step for step, _ in marks[1:]] + [total]
-        for (begin, frozen), end in zip(marks, ends, strict=True):
-            passes_left = (total - begin) / self._recording.steps_per_epoch
-            if config.savings.cache and passes_left > 1:
-                cached_frozen = frozen
-            depth = self._stage(frozen, config).prefix_depth
-            # What froze later, and is too late to be kept, is computed from where the cache ends.
-            cached = depth > 0 and depth == self._stage(cached_frozen, config).prefix_depth
-            if spans and spans[-1].frozen == frozen:
-                spans[-1] = _Span(spans[-1].steps + end - begin, frozen, spans[-1].cached)
+    def _cut(self, marks: Sequence[tuple[int, frozenset[int]]], config: Config) -> list[_Span]:
+        """The stages between what froze after which step; the cache grows while each example is still to come more than once."""
+        recording = self._recording
+        total, cached = recording.result["steps"], frozenset[int]()
+        spans: list[_Span] = []
+        begins = [(0, frozenset[int]()), *marks]
+        ends = [*(step for step, _ in marks), total]
+        for (begin, frozen), end in zip(begins, ends, strict=True):
+            passes_left = (total - begin) * config.training.gradient_accumulation / recording.micro_steps_per_epoch
+            has_frozen = not spans or spans[-1].frozen != frozen
+            if has_frozen and config.savings.cache and self._can_cache and passes_left > 1:
+                cached = frozen
+            if not has_frozen:
+                spans[-1] = replace(spans[-1], steps=spans[-1].steps + end - begin)
             elif end > begin:
                 spans.append(_Span(end - begin, frozen, cached))
         return spans
@@ -156,70 +172,75 @@ class CostModel:
         return self._planner.cost(
             frozen,
             folds=savings.fold and self._can_fold and config.training.mixed_precision == "none",
-            skips=savings.prefix and savings.prefix_eval and config.freezing.policy != "none",
+            skips=savings.prefix and savings.prefix_eval and self._can_skip and config.freezing.policy != "none",
+        )
+
+    def _cached_depth(self, span: _Span, config: Config) -> int:
+        return self._stage(span.cached, config).prefix_depth
+
+    def _computed_prefix(self, span: _Span, config: Config) -> tuple[float, float]:
+        """FLOPs and time of the layers of the prefix whose output is not kept, for a micro-step."""
+        stage, cached = self._stage(span.frozen, config), self._stage(span.cached, config)
+        return (
+            stage.flops["prefix"] - cached.flops["prefix"],
+            stage.times["prefix"] - cached.times["prefix"],
         )
 
     def _step(self, span: _Span, config: Config) -> _Step:
         measured = None
         if config.savings == self._recording.config.savings:
-            measured = self._recording.stages.get((span.frozen, span.cached))
+            measured = self._recording.stages.get((span.frozen, self._cached_depth(span, config)))
         if measured is not None:
             return _Step(
                 sum(measured.flops.values()), sum(measured.seconds.values()), measured.mean_bytes, measured.peak_bytes
             )
         stage, base, live = self._stage(span.frozen, config), self._base, self._live
-        flops = {phase: live.flops[phase] * stage.flops[phase] / base.flops[phase] for phase in ("forward", "backward")}
+        prefix_flops, prefix_time = self._computed_prefix(span, config)
+        flops = live.flops["backward"] * stage.flops["backward"] / base.flops["backward"]
+        flops += live.flops["forward"] * (stage.flops["forward"] + prefix_flops) / base.flops["forward"]
         seconds = dict(live.seconds)
         for phase in ("forward", "backward", "optimizer"):
             seconds[phase] *= stage.times[phase] / base.times[phase]
-        if not span.cached:
-            flops["prefix"] = live.flops["forward"] * stage.flops["prefix"] / base.flops["forward"]
-            seconds["prefix"] = live.seconds["forward"] * stage.times["prefix"] / base.times["forward"]
+        seconds["cache"] += live.seconds["forward"] * prefix_time / base.times["forward"]
         transient = stage.transient_bytes / base.transient_bytes
         peak_transient = stage.peak_transient_bytes / base.peak_transient_bytes
         return _Step(
-            sum(flops.values()),
+            flops,
             sum(seconds.values()),
             stage.resident_bytes + (live.mean_bytes - base.resident_bytes) * transient,
             stage.peak_resident_bytes + (live.peak_bytes - base.peak_resident_bytes) * peak_transient,
         )
 
-    def _fill(self, spans: list[_Span], config: Config) -> tuple[float, float]:
+    def _fill(self, spans: Sequence[_Span], config: Config) -> tuple[float, float]:
         """FLOPs and seconds of filling the cache: each layer once for every example, those of the validation split too."""
         recording, live, base = self._recording, self._live, self._base
         resources = recording.result["resources"]
-        deepest = max(
-            (self._stage(span.frozen, config) for span in spans if span.cached),
-            key=lambda stage: stage.prefix_depth,
-            default=None,
-        )
-        if deepest is None:
-            return 0.0, 0.0
+        deepest = max((self._stage(span.cached, config) for span in spans), key=lambda stage: stage.prefix_depth)
         epoch = recording.steps_per_epoch
-        evaluations = max(recording.num_evaluations, 1)
-        share = self._share_of_passes(self._recorded_spans(), recording.config)
-        passes_flops = live.flops["forward"] * epoch + resources["flops_by_phase"]["evaluation"] / evaluations / share
-        passes_seconds = live.seconds["forward"] * epoch + resources["seconds"]["evaluation"] / evaluations / share
+        # What an evaluation of the whole model takes; without any in the run, the validation split counts for nothing here.
+        evaluations = self._passes(recording.evaluations, self._recorded_spans(), recording.config) or 1.0
+        flops = live.flops["forward"] * epoch + resources["flops_by_phase"]["evaluation"] / evaluations
+        seconds = live.seconds["forward"] * epoch + resources["seconds"]["evaluation"] / evaluations
         return (
-            passes_flops * deepest.flops["prefix"] / base.flops["forward"],
-            passes_seconds * deepest.times["prefix"] / base.times["forward"],
+            flops * deepest.flops["prefix"] / base.flops["forward"],
+            seconds * deepest.times["prefix"] / base.times["forward"],
         )
 
-    def _share_of_passes(self, spans: Sequence[_Span], config: Config) -> float:
-        """What a forward pass costs on average over the run, of one while nothing is frozen."""
-        total = sum(span.steps for span in spans)
-
-        def cost(span: _Span) -> float:
-            stage = self._stage(span.frozen, config)
-            return stage.flops["forward"] + (0.0 if span.cached else stage.flops["prefix"])
-
-        return sum(span.steps * cost(span) for span in spans) / total / self._base.flops["forward"]
+    def _passes(self, steps: Sequence[int], spans: Sequence[_Span], config: Config) -> float:
+        """What forward passes after these steps cost together, of one while nothing is frozen; before what freezes there."""
+        total, end = 0.0, 0
+        for span in spans:
+            begin, end = end, end + span.steps
+            cost = self._stage(span.frozen, config).flops["forward"] + self._computed_prefix(span, config)[0]
+            total += cost * sum(begin < step <= end for step in steps)
+        return total / self._base.flops["forward"]
 
     def _measure_elsewhere(self) -> float:
         """Bytes live in evaluations, scorings and the rest, on average: what of the run's mean the steps do not explain."""
         recording, resources = self._recording, self._recording.result["resources"]
         seconds = resources["seconds"]
-        span = resources["wall_seconds"] - seconds["setup"]
+        # Sharpness is measured aside, and has no part in the mean.
+        span = resources["wall_seconds"] - seconds["setup"] - seconds["sharpness"]
         steps = [(found, self._step(found, recording.config)) for found in self._recorded_spans()]
         training_seconds = sum(found.steps * step.seconds for found, step in steps)
         rest = float(span - training_seconds)
@@ -232,14 +253,19 @@ class CostModel:
     def _peak_elsewhere(self, spans: Sequence[_Span], config: Config) -> float:
         """Most bytes live in an evaluation or scoring: what the run's made on its way, on top of what is always there."""
         resources = self._recording.result["resources"]
-        if resources["memory_peak_in"] == "training":
+        where = resources["memory_peak_in"]
+        happens = {
+            "evaluation": True,
+            "scoring": POLICIES[config.freezing.policy].uses_scores,
+            "cache": any(self._cached_depth(span, config) for span in spans),
+        }
+        if not happens.get(where, False):
             return 0.0
-        by_kind = resources["memory_peak_by_kind"]
         resident = max(self._stage(span.frozen, config).resident_bytes for span in spans)
-        return resident + float(by_kind["activations"] + by_kind["temporary"])
+        return resident + _transient_peak(self._recording)
 
 
-def read_truth(recording: Recording) -> Mapping[str, float]:
+def read_truth(recording: Recording) -> dict[str, float]:
     """The figures of :data:`~safe_lab.figures.FORECAST` that a run did come to."""
     return {name: read_figure(recording.result, name) for name in FORECAST}
 
@@ -257,9 +283,11 @@ def forecast_peak(recording: Recording, config: Config) -> float:
     """
     if config.data != recording.config.data or config.model.path != recording.config.model.path:
         raise ConfigError(f"{recording.path}: its data or its model are not those of this configuration")
+    if config.savings.trim_padding != recording.config.savings.trim_padding:
+        raise ConfigError(f"{recording.path}: savings.trim_padding: its micro-batches are others")
     if config.memory.budget is not None or recording.config.memory.budget is not None:
         raise ConfigError(f"{recording.path}: memory.budget: the peak is what it says")
-    live = recording.stages.get((frozenset(), False))
+    live = recording.stages.get((frozenset(), 0))
     if live is None:
         raise ConfigError(f"{recording.path}: no row tells what a step takes while nothing is frozen")
     rows, tokens = _measure_shape(recording)
@@ -268,7 +296,17 @@ def forecast_peak(recording: Recording, config: Config) -> float:
     new_rows = max(round(rows * factor), 1)
     stage = _build_planner(recording, config, rows=new_rows, tokens=tokens).cost((), folds=False, skips=False)
     on_the_way = live.peak_bytes - was.peak_resident_bytes
-    return stage.peak_resident_bytes + on_the_way * stage.peak_transient_bytes / was.peak_transient_bytes
+    in_training = stage.peak_resident_bytes + on_the_way * stage.peak_transient_bytes / was.peak_transient_bytes
+    if recording.result["resources"]["memory_peak_in"] != "evaluation":
+        return in_training
+    factor = config.training.eval_batch_size / recording.config.training.eval_batch_size
+    return max(in_training, stage.resident_bytes + factor * _transient_peak(recording))
+
+
+def _transient_peak(recording: Recording) -> float:
+    """What a run had made on its way when most of its bytes were live."""
+    by_kind = recording.result["resources"]["memory_peak_by_kind"]
+    return float(by_kind["activations"] + by_kind["temporary"])
 
 
 def _measure_shape(recording: Recording) -> tuple[int, int]:

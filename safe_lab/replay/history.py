@@ -9,8 +9,7 @@ from typing import Any
 from safe_lab.build import build_rule
 from safe_lab.config import Config
 from safe_lab.decision import Decider
-from safe_lab.plan.stages import predict_savings
-from safe_lab.policy import POLICIES
+from safe_lab.policy import POLICIES, PredictedSavings
 from safe_lab.replay.recording import Recording, Scoring
 from safe_lab.run_folder import changed_keys
 from safe_lab.section import ConfigError
@@ -55,12 +54,12 @@ class History:
     Attributes:
         num_units: Number of units.
         moments: Its scorings, in the order of time.
-        scored: How many of them score units anew.
+        scored: Steps of those that score units anew.
     """
 
     num_units: int
     moments: Sequence[Moment]
-    scored: int
+    scored: Sequence[int]
 
     @property
     def stale_share(self) -> float:
@@ -81,7 +80,14 @@ def check_replayable(recording: Recording, config: Config) -> None:
         for key in changed_keys(recording.config, config)
         if key not in REPLAYED and not key.startswith(_INDIFFERENT) and not _is_unused(config, key)
     ]
-    if POLICIES[config.freezing.policy].uses_scores and not recording.has_scores:
+    uses_scores = POLICIES[config.freezing.policy].uses_scores
+    if not recording.scorings:
+        faults.append("the run ended before its first scoring (freezing.interval), and recorded no score")
+    elif config.freezing.interval != recording.config.freezing.interval and uses_scores and _has_memory(config):
+        faults.append(
+            f"freezing.interval: scores by {config.freezing.metric} hang on the scorings before, and would be others"
+        )
+    elif uses_scores and not recording.has_scores:
         faults.append(
             f"freezing.policy: {config.freezing.policy} needs scores, and the run of policy "
             f"{recording.config.freezing.policy} recorded none; one with policy safe and final_threshold 0 freezes nothing, and "
@@ -89,6 +95,10 @@ def check_replayable(recording: Recording, config: Config) -> None:
         )
     if faults:
         raise ConfigError("\n".join(f"{recording.path}: {fault}" for fault in faults))
+
+
+def _has_memory(config: Config) -> bool:
+    return config.freezing.metric == "random" or bool(config.freezing.metric_options.get("smoothing"))
 
 
 def _is_unused(config: Config, key: str) -> bool:
@@ -101,7 +111,7 @@ def _explain(recording: Recording, config: Config, key: str) -> str:
     return f"{key}: cannot be replayed, only trained; what can is {', '.join(REPLAYED)}"
 
 
-def replay_history(recording: Recording, config: Config) -> History:
+def replay_history(recording: Recording, config: Config, savings: PredictedSavings | None = None) -> History:
     """Take the decisions of another schedule on the scores that were recorded.
 
     A unit that was frozen in the recorded run and would not be here keeps the score it froze with; that is told as stale. That
@@ -110,25 +120,23 @@ def replay_history(recording: Recording, config: Config) -> History:
     Args:
         recording: The run.
         config: The schedule; :func:`check_replayable` has nothing against it.
+        savings: What freezing saves, for policy ``budget``, as the run itself predicts it.
 
     Raises:
         ConfigError: It scores at steps at which the run did not.
     """
     rule = build_rule(config.freezing)
     num_units = len(recording.units)
-    savings = None
-    if rule.policy == "budget":
-        savings = predict_savings(config, max(len(recording.result["labels"]), 1))
     decider = Decider(rule, num_units, seed=config.seed, savings=savings)
     kept: dict[int, float] = {}
     moments = []
-    num_scored = 0
+    scored: list[int] = []
     for scoring in _choose(recording, config):
         wants_scores = decider.wants_scores
         scores, stale = None, frozenset[int]()
         if wants_scores:
             assert scoring.scores is not None
-            num_scored += 1
+            scored.append(scoring.step)
             live = [unit for unit in range(num_units) if unit not in decider.frozen]
             scores = [kept.get(unit, score) for unit, score in enumerate(scoring.scores)]
             stale = frozenset(unit for unit in live if scoring.stale[unit])
@@ -146,7 +154,7 @@ def replay_history(recording: Recording, config: Config) -> History:
                 stale,
             )
         )
-    return History(num_units, moments, num_scored)
+    return History(num_units, moments, scored)
 
 
 def _choose(recording: Recording, config: Config) -> Sequence[Scoring]:
@@ -161,8 +169,7 @@ def _choose(recording: Recording, config: Config) -> Sequence[Scoring]:
     there = {scoring.step: scoring for scoring in recording.scorings}
     steps = recording.result["steps"]
     if interval == "epoch":
-        length = recording.steps_per_epoch
-        wanted = [round(length * epoch) for epoch in range(1, recording.config.training.epochs + 1)]
+        wanted = [recording.steps_per_epoch * epoch for epoch in range(1, recording.config.training.epochs + 1)]
     else:
         wanted = list(range(interval, steps + 1, interval))
     wanted = [step for step in wanted if step < steps]
@@ -179,11 +186,24 @@ def compare_histories(replayed: History, truth: Sequence[Scoring]) -> Mapping[st
     """How far a replay is from a run that was trained so.
 
     Returns:
-        ``unit_scorings`` in all, and ``right``: at how many of them a unit is frozen in both or in neither.
+        ``unit_scorings`` in all, and ``right``: at how many of them a unit is frozen in both or in neither; ``froze``: units that
+        froze in either, and ``at_once``: how many of them at the same scoring in both.
     """
     # A run may have stopped early.
     pairs = list(zip(replayed.moments, truth, strict=False))
+    ours = _when([(moment.step, moment.frozen) for moment, _ in pairs])
+    theirs = _when([(scoring.step, scoring.frozen_units) for _, scoring in pairs])
     return {
         "unit_scorings": replayed.num_units * len(pairs),
         "right": sum(replayed.num_units - len(moment.frozen ^ scoring.frozen_units) for moment, scoring in pairs),
+        "froze": len(ours.keys() | theirs.keys()),
+        "at_once": sum(theirs.get(unit) == step for unit, step in ours.items()),
     }
+
+
+def _when(frozen: Sequence[tuple[int, frozenset[int]]]) -> dict[int, int]:
+    """The step at which each unit froze."""
+    steps: dict[int, int] = {}
+    for step, units in frozen:
+        steps |= {unit: step for unit in units if unit not in steps}
+    return steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ class Scoring:
         step: Optimizer step after which it took place.
         epoch: Passes done by then.
         scores: Importance before normalisation; None if the policy needed none.
+        fresh: Whether units were scored anew, or the scores of the end of warm-up stood in (``refresh: false``).
         stale: Whether a score is one of an earlier scoring.
         frozen: Whether a unit was frozen, after this scoring.
     """
@@ -40,6 +42,7 @@ class Scoring:
     step: int
     epoch: float
     scores: list[float] | None
+    fresh: bool
     stale: list[bool]
     frozen: list[bool]
 
@@ -77,7 +80,7 @@ class Recording:
         units: Qualified names, in the order of execution.
         scorings: In the order of time.
         rows: Those of metrics.jsonl that were logged in training.
-        num_evaluations: How often it was evaluated.
+        evaluations: Optimizer steps after which it was evaluated.
     """
 
     path: Path
@@ -86,7 +89,7 @@ class Recording:
     units: Sequence[str]
     scorings: Sequence[Scoring]
     rows: Sequence[Mapping[str, Any]]
-    num_evaluations: int
+    evaluations: Sequence[int]
 
     @property
     def has_scores(self) -> bool:
@@ -94,11 +97,27 @@ class Recording:
         return POLICIES[self.config.freezing.policy].uses_scores
 
     @property
-    def steps_per_epoch(self) -> float:
-        """Optimizer steps of a pass."""
-        last = self.rows[-1]
-        steps: float = last["step"] / last["epoch"]
-        return steps
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a pass; its last may accumulate fewer micro-batches."""
+        return math.ceil(self.micro_steps_per_epoch / self.config.training.gradient_accumulation)
+
+    @cached_property
+    def micro_steps_per_epoch(self) -> int:
+        """Micro-batches of a pass."""
+        first = self.rows[0]
+        accumulation = self.config.training.gradient_accumulation
+        if first["epoch"] < 1:
+            micro_steps: int = round(first["step"] * accumulation / first["epoch"])
+        else:
+            micro_steps = round(first["step"] / first["epoch"]) * accumulation
+        return micro_steps
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps that were configured; fewer were done where training was stopped early."""
+        training = self.config.training
+        steps = self.steps_per_epoch * training.epochs
+        return min(steps, training.max_steps or steps)
 
     def frozen_at(self, step: int) -> frozenset[int]:
         """Units that were frozen in the step after so many."""
@@ -109,18 +128,20 @@ class Recording:
         return frozen
 
     @cached_property
-    def stages(self) -> Mapping[tuple[frozenset[int], bool], Stage]:
-        """What was measured, by the units that were frozen and whether their layers' output was kept.
+    def stages(self) -> Mapping[tuple[frozenset[int], int], Stage]:
+        """What was measured, by the units that were frozen and the number of layers whose output was kept.
 
         FLOPs are of all its steps, as those of evaluations and scorings are counted apart. Seconds and bytes are of the rows
         between which the clock shows no activity but training; a stage without such rows is not among them.
         """
-        spans: dict[tuple[frozenset[int], bool], list[_Span]] = {}
+        spans: dict[tuple[frozenset[int], int], list[_Span]] = {}
         for before, after in pairwise([_start(self.rows), *self.rows]):
             frozen = self.frozen_at(before[STEP])
+            if not before[STEP] and any(scoring.step < after[STEP] for scoring in self.scorings):
+                continue
             if self.frozen_at(after[STEP] - 1) == frozen:
-                is_cached = bool(after[SAVINGS.format(name="cached_depth")])
-                spans.setdefault((frozen, is_cached), []).append((before, after))
+                cached_depth = after[SAVINGS.format(name="cached_depth")]
+                spans.setdefault((frozen, cached_depth), []).append((before, after))
         return {key: _average(found) for key, found in spans.items() if any(map(_is_training_alone, found))}
 
 
@@ -145,11 +166,20 @@ def read_recording(path: Path) -> Recording:
             units=[entry["unit"] for entry in sorted(result["adapters"], key=lambda entry: entry["depth"])],
             scorings=_read_scorings(folder.rows("importance.jsonl"), config),
             rows=[row for row in rows if WALL_SECONDS in row],
-            num_evaluations=sum(WALL_SECONDS not in row for row in rows),
+            evaluations=[row[STEP] for row in rows if WALL_SECONDS not in row],
+        )
+        if not recording.rows:
+            raise ValueError("metrics.jsonl has no row of training: it ended before training.log_every")
+        # What is looked up later is there.
+        _ = recording.stages, recording.num_steps, result["labels"], result["savings"]["prefix_depth"]
+        _ = (
+            result["processes"]["count"],
+            result["resources"]["tokens_computed"],
+            result["resources"]["seconds"]["sharpness"],
         )
         if recording.scorings and any(len(found.frozen) != len(recording.units) for found in recording.scorings):
             raise ValueError("importance.jsonl lacks a unit")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, OSError) as error:
         raise ConfigError(f"{path}: its files are damaged or of another version ({error})") from None
     return recording
 
@@ -170,6 +200,7 @@ def _read_scorings(rows: Sequence[Mapping[str, Any]], config: Config) -> list[Sc
                 step=entries[0]["step"],
                 epoch=entries[0]["epoch"],
                 scores=None if None in scores else scores,
+                fresh=not is_repeat and None not in scores,
                 stale=[is_repeat or frozen for frozen in frozen_before],
                 frozen=[row["frozen"] for row in entries],
             )
@@ -180,12 +211,10 @@ def _read_scorings(rows: Sequence[Mapping[str, Any]], config: Config) -> list[Sc
 
 
 def _start(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row for the moment before the first step, when nothing but the setup has been."""
+    """A row for the moment before the first step, when nothing but the setup has been, and the metric's reference."""
     start = {key: 0 if isinstance(value, int | float) else value for key, value in rows[0].items()} if rows else {}
-    for name in ("setup", *_ELSEWHERE):
-        key = RESOURCES.format(name=f"seconds/{name}")
-        start[key] = rows[0][key] if rows and name != "evaluation" else 0
-    start[WALL_SECONDS] = _seconds(start, "setup")
+    setup = RESOURCES.format(name="seconds/setup")
+    start[setup] = start[WALL_SECONDS] = rows[0][setup] if rows else 0
     return start
 
 
@@ -203,7 +232,9 @@ def _byte_seconds(row: Mapping[str, Any]) -> float:
 
 def _is_training_alone(span: _Span) -> bool:
     before, after = span
-    return all(_seconds(after, name) == _seconds(before, name) for name in _ELSEWHERE)
+    # Before the first step there may have been the metric's reference, which counts as scoring, and no more.
+    names = _ELSEWHERE if before[STEP] else [name for name in _ELSEWHERE if name != "scoring"]
+    return all(_seconds(after, name) == _seconds(before, name) for name in names)
 
 
 def _gain(spans: Sequence[_Span], key: str) -> float:
@@ -215,6 +246,8 @@ def _gain(spans: Sequence[_Span], key: str) -> float:
 
 def _average(spans: Sequence[_Span]) -> Stage:
     pure = [span for span in spans if _is_training_alone(span)]
+    # In the first, the reference of the metric was made too, and memory was warmed up.
+    pure = [span for span in pure if span[0][STEP]] or pure
     bytes_gained = sum(_byte_seconds(after) - _byte_seconds(before) for before, after in pure)
     flops = {phase: _gain(spans, RESOURCES.format(name=f"flops/{phase}")) for phase in ("forward", "backward")}
     return Stage(

@@ -9,9 +9,12 @@ from typing import Any
 
 from safe_lab import config as configuration
 from safe_lab.config import Config
+from safe_lab.plan.stages import predict_savings
+from safe_lab.policy import POLICIES, PredictedSavings, frozen_depth
 from safe_lab.replay.costs import CostModel, read_truth
-from safe_lab.replay.history import History, check_replayable, compare_histories, replay_history
+from safe_lab.replay.history import REPLAYED, History, check_replayable, compare_histories, replay_history
 from safe_lab.replay.recording import Recording, read_recording
+from safe_lab.run_folder import changed_keys
 from safe_lab.section import ConfigError, override_all
 
 
@@ -23,14 +26,14 @@ class Replay:
         recording: The run whose scores are replayed.
         config: The schedule.
         history: What would have frozen when.
-        forecast: Its figures, by their names in result.json; None where they cannot be told.
-        no_forecast: Why not; empty where they can.
+        forecast: Its figures, by their names in result.json; what freezes is always among them.
+        no_forecast: Why its costs are not; empty where they are.
     """
 
     recording: Recording
     config: Config
     history: History
-    forecast: Mapping[str, float] | None
+    forecast: Mapping[str, float]
     no_forecast: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +55,7 @@ class Replay:
                 for t, moment in enumerate(self.history.moments, start=1)
             ],
             "stale_share": self.history.stale_share,
-            "forecast": None if self.forecast is None else dict(self.forecast),
+            "forecast": dict(self.forecast),
             "no_forecast": self.no_forecast or None,
         }
 
@@ -63,14 +66,20 @@ class Comparison:
 
     Attributes:
         path: The folder of that run.
+        by_scores: Whether its schedule goes by scores; one that does not is replayed right by construction.
         unit_scorings: Units times scorings.
         right: At how many of them the unit is frozen in both or in neither.
+        froze: Units that froze in either.
+        at_once: How many of them froze at the same scoring in both.
         errors: Relative error of the forecast by figure: forecast / truth - 1.
     """
 
     path: str
+    by_scores: bool
     unit_scorings: int
     right: int
+    froze: int
+    at_once: int
     errors: Mapping[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +108,25 @@ class Replayer:
         self.recording = recording
         self._costs: CostModel | None = None
         self._no_costs = ""
+        self._savings: dict[str, PredictedSavings] = {}
+
+    def history(self, config: Config) -> History:
+        """What would have frozen when under another schedule.
+
+        Raises:
+            ConfigError: The records do not tell.
+        """
+        check_replayable(self.recording, config)
+        savings = None
+        if config.freezing.policy == "budget":
+            saves = config.freezing.budget_saves
+            if saves not in self._savings:
+                try:
+                    self._savings[saves] = predict_savings(config, max(len(self.recording.result["labels"]), 1))
+                except (ValueError, OSError, ImportError) as error:
+                    raise ConfigError(f"{self.recording.path}: {error}") from error
+            savings = self._savings[saves]
+        return replay_history(self.recording, config, savings)
 
     def replay(self, config: Config) -> Replay:
         """The run under another schedule.
@@ -106,15 +134,22 @@ class Replayer:
         Raises:
             ConfigError: The records do not tell.
         """
-        check_replayable(self.recording, config)
-        history = replay_history(self.recording, config)
-        if self._costs is None and not self._no_costs:
+        history = self.history(config)
+        last = history.moments[-1].frozen if history.moments else frozenset[int]()
+        forecast: dict[str, float] = {
+            "frozen_share": len(last) / history.num_units,
+            "frozen_depth": frozen_depth(last, history.num_units),
+        }
+        reason = self._no_costs
+        if not reason:
             try:
-                self._costs = CostModel(self.recording)
-            except ValueError as error:
-                self._no_costs = str(error)
-        forecast = None if self._costs is None else self._costs.forecast(history, config)
-        return Replay(self.recording, config, history, forecast, self._no_costs)
+                self._costs = self._costs or CostModel(self.recording)
+                forecast |= self._costs.forecast(history, config)
+            except (ValueError, OSError, ImportError) as error:
+                reason = str(error)
+                if self._costs is None:
+                    self._no_costs = reason
+        return Replay(self.recording, config, history, forecast, reason)
 
     def compare(self, truth: Recording) -> Comparison:
         """Hold a replay against a run that was trained with that schedule.
@@ -123,17 +158,16 @@ class Replayer:
             ConfigError: The two runs differ in more than what is replayed.
         """
         replayed = self.replay(truth.config)
-        agreement = compare_histories(replayed.history, truth.scorings)
         found = read_truth(truth)
         return Comparison(
-            str(truth.path),
-            agreement["unit_scorings"],
-            agreement["right"],
-            {name: value / found[name] - 1 for name, value in (replayed.forecast or {}).items() if found[name]},
+            path=str(truth.path),
+            by_scores=POLICIES[truth.config.freezing.policy].uses_scores,
+            **compare_histories(replayed.history, truth.scorings),
+            errors={name: value / found[name] - 1 for name, value in replayed.forecast.items() if found[name]},
         )
 
-    def comparable_beside(self) -> list[Recording]:
-        """Finished runs of the same experiment or study, and seed, whose schedule this run's records tell about."""
+    def compare_beside(self) -> list[Comparison]:
+        """The same for the finished runs of its experiment or study, and seed, whose schedules are others and can be replayed."""
         found = []
         own = self.recording.path.resolve()
         for path in sorted(own.parent.parent.glob(f"*/{own.name}")):
@@ -141,10 +175,11 @@ class Replayer:
                 continue
             try:
                 other = read_recording(path)
-                check_replayable(self.recording, other.config)
+                if not changed_keys(self.recording.config, other.config).keys().isdisjoint(REPLAYED):
+                    found.append(self.compare(other))
             except ConfigError:
+                # Nobody has named it: a run that is damaged, or differs in more, is none to measure by.
                 continue
-            found.append(other)
         return found
 
 

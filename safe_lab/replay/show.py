@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from rich.console import Console
@@ -27,7 +27,7 @@ def print_tables(replayed: Replay, comparisons: Sequence[Comparison], console: C
             f"{replayed.history.stale_share:.0%} of the scores are of an earlier scoring, as their units were frozen in the run; "
             "a run with policy safe and final_threshold 0 records them all",
         )
-    if replayed.forecast is None:
+    if replayed.no_forecast:
         _say(console, f"What it would have cost cannot be told: {replayed.no_forecast}")
     else:
         console.print(_costs(replayed))
@@ -42,9 +42,15 @@ def describe_accuracy(comparisons: Sequence[Comparison]) -> list[str]:
             "How far this is from the truth was not measured: no run beside this one was trained with another schedule "
             "(--against RUN names one elsewhere)."
         ]
-    right, total = sum(c.right for c in comparisons), sum(c.unit_scorings for c in comparisons)
-    agreement = f"{right / total:.1%} of {total} unit-scorings are right" if total else "there was no scoring"
-    lines = [f"Held against {len(comparisons)} runs that were trained with other schedules: {agreement}."]
+    lines = [f"Held against {len(comparisons)} runs that were trained with other schedules."]
+    scored = [c for c in comparisons if c.by_scores and c.unit_scorings]
+    if scored:
+        right, total = sum(c.right for c in scored), sum(c.unit_scorings for c in scored)
+        at_once, froze = sum(c.at_once for c in scored), sum(c.froze for c in scored)
+        lines.append(
+            f"Where the schedule goes by scores ({len(scored)} runs), {right / total:.1%} of {total} unit-scorings are right; of "
+            f"{froze} units that froze, {at_once} did so at the same scoring."
+        )
     named = {
         "mean memory": "resources/memory_mean_bytes",
         "peak": "resources/memory_peak_bytes",
@@ -81,8 +87,7 @@ def _timeline(replayed: Replay) -> Table:
 
 
 def _costs(replayed: Replay) -> Table:
-    assert replayed.forecast is not None
-    was: Mapping[str, float] = read_truth(replayed.recording)
+    was = read_truth(replayed.recording)
     table = Table(title="what it would have cost", title_justify="left")
     for heading in ("", "this run", "replay", "difference"):
         table.add_column(heading, justify="left" if not heading else "right")

@@ -37,6 +37,7 @@ class StageCost:
         peak_resident_bytes: The former at the moment of the peak.
         peak_transient_bytes: The latter at the moment of the peak.
         prefix_depth: Layers whose output no longer changes.
+        folded_layers: Adapter layers that are merged.
     """
 
     flops: dict[str, float]
@@ -46,6 +47,7 @@ class StageCost:
     peak_resident_bytes: float
     peak_transient_bytes: float
     prefix_depth: int
+    folded_layers: int
 
 
 class StagePlanner:
@@ -129,6 +131,7 @@ class StagePlanner:
             peak_resident_bytes=step.peak_bytes - peak_transient + kept,
             peak_transient_bytes=peak_transient,
             prefix_depth=depth,
+            folded_layers=len(layers),
         )
 
     def _frozen_layers(self, held: Collection[int]) -> list[Any]:

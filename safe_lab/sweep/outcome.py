@@ -16,6 +16,7 @@ from rich.table import Table
 
 from safe_lab import config as configuration
 from safe_lab import yaml_core
+from safe_lab.byte_size import format_bytes
 from safe_lab.run_folder import RunFolder
 from safe_lab.sweep import roster as stored
 from safe_lab.sweep.roster import Roster, root_of
@@ -173,17 +174,17 @@ def print_tables(outcome: Outcome, console: Console) -> None:
     title = "best trial" if len(objectives) == 1 else "Pareto front"
     table = Table("trial", title=f"{outcome.study_file.settings.name}: {title}", title_justify="left")
     for name, direction in objectives.items():
-        table.add_column(f"{escape(name)} ({direction})", justify="right")
+        group, _, figure = name.rpartition("/")
+        table.add_column("\n".join(filter(None, (group, escape(figure), f"({direction})"))), justify="right")
     keys = [parameter.key for parameter in outcome.study_file.space.parameters]
-    for key in keys:
-        table.add_column(escape(key))
+    # The name of a section that all keys are of is said once.
+    sections = {key.partition(".")[0] for key in keys}
+    section = f"{sections.pop()}." if len(sections) == 1 else ""
+    table.add_column(f"settings ({section}...)" if section else "settings", ratio=1)
     for trial in outcome.front:
         values = outcome.values_of(trial)
-        table.add_row(
-            str(root_of(trial)),
-            *_numbers(trial, objectives),
-            *(_plain(values[key]) if key in values else "" for key in keys),
-        )
+        settings = ", ".join(f"{key.removeprefix(section)} {_plain(value)}" for key, value in values.items())
+        table.add_row(str(root_of(trial)), *_numbers(trial, objectives), settings)
     console.print(table)
     for name, shares in outcome.importance.items():
         if shares:
@@ -203,9 +204,7 @@ def print_tables(outcome: Outcome, console: Console) -> None:
         )
     for text, errors in counts["forecast_errors"].items():
         mean, worst = fmean(map(abs, errors)), max(map(abs, errors))
-        line = (
-            f"forecasts for {text} were off by {mean:.1%} on average, {worst:.1%} at worst, over {len(errors)} trials"
-        )
+        line = f"over {len(errors)} trials that were trained, forecasts for {text} were off by {mean:.1%}, {worst:.1%} at worst"
         console.print(line, markup=False, highlight=False)
     broken = sum(not keeps_constraints(trial) for trial in outcome.roster.of_state(TrialState.COMPLETE))
     if broken:
@@ -219,9 +218,13 @@ def print_tables(outcome: Outcome, console: Console) -> None:
 def _numbers(trial: FrozenTrial, objectives: Mapping[str, str]) -> list[str]:
     spread = trial.user_attrs.get(stored.SPREAD) or {}
     return [
-        f"{value:.5g}" + (f" \N{PLUS-MINUS SIGN} {spread[name]:.2g}" if name in spread else "")
+        _format(name, value) + (f" \N{PLUS-MINUS SIGN} {_format(name, spread[name])}" if name in spread else "")
         for name, value in zip(objectives, trial.values, strict=True)
     ]
+
+
+def _format(name: str, value: float) -> str:
+    return format_bytes(round(value)) if name.endswith("_bytes") else f"{value:.4g}"
 
 
 def _plain(value: Any) -> str:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from safe_lab.config import Config
 from safe_lab.figures import FORECAST
-from safe_lab.replay import Replayer, check_replayable, forecast_peak, read_recording
+from safe_lab.replay import Replayer, forecast_peak, read_recording
 from safe_lab.section import ConfigError
 from safe_lab.sweep.study_file import Constraint, StudyFile
 
 log = logging.getLogger(__name__)
 
 _PEAK = "resources/memory_peak_bytes"
+# Share of scores of earlier scorings beyond which a replay is none to turn a trial away by.
+_MOST_STALE = 0.25
+# Finished runs among which the one to replay is looked for.
+_MOST_TRIED = 8
 
 
 @dataclass
@@ -28,17 +34,21 @@ class Prefilter:
 
     study_file: StudyFile
     _runs: dict[Path, Replayer | None] = field(default_factory=dict)
+    _told: set[Path] = field(default_factory=set)
 
     def forecast(self, config: Config) -> Mapping[str, float]:
         """What a run would come to, for each constraint that can be told: its figure by the constraint's text.
 
-        The figures are those of a replay of the finished run that froze least, of those whose scores tell about this one; the
-        peak, where none does, follows from any run on the same data.
+        The figures are those of a replay of a finished run: of those whose scores tell about this one that with the fewest scores
+        of earlier scorings, and of equals that which froze least. The peak, where none tells, follows from any run on the same
+        data.
         """
         wanted = [constraint for constraint in self.study_file.constraints if constraint.figure in FORECAST]
-        found: Mapping[str, float] = {}
-        if wanted:
+        try:
             found = self._replay(config) or self._scale_peak(config)
+        except Exception as error:  # noqa: BLE001 - a forecast is a favour, and must not cost the trial
+            log.warning("no forecast is made: %s: %s", type(error).__name__, error)
+            return {}
         return {constraint.text: found[constraint.figure] for constraint in wanted if constraint.figure in found}
 
     def find_reason(self, forecast: Mapping[str, float]) -> str | None:
@@ -52,25 +62,23 @@ class Prefilter:
         return "; ".join(broken) or None
 
     def _replay(self, config: Config) -> Mapping[str, float]:
-        for replayer in sorted(self._finished(config.seed), key=_count_frozen):
-            try:
-                check_replayable(replayer.recording, config)
-                found = replayer.replay(config).forecast
-            except ConfigError:
-                continue
-            except RuntimeError as error:
-                log.warning("no forecast is made from %s: %s", replayer.recording.path, error)
-                continue
-            if found is not None:
-                return found
-        return {}
+        usable: list[tuple[float, Replayer]] = []
+        for replayer in sorted(self._finished(config.seed), key=_frozen_share)[:_MOST_TRIED]:
+            with suppress(ConfigError):
+                usable.append((replayer.history(config).stale_share, replayer))
+        stale_share, chosen = min(usable, key=lambda entry: entry[0], default=(1.0, None))
+        if chosen is None or stale_share > _MOST_STALE:
+            return {}
+        replayed = chosen.replay(config)
+        if replayed.no_forecast and chosen.recording.path not in self._told:
+            self._told.add(chosen.recording.path)
+            log.warning("costs are not forecast: %s", replayed.no_forecast)
+        return replayed.forecast
 
     def _scale_peak(self, config: Config) -> Mapping[str, float]:
         for replayer in self._finished(config.seed):
-            try:
+            with suppress(ConfigError):
                 return {_PEAK: forecast_peak(replayer.recording, config)}
-            except (ValueError, RuntimeError):
-                continue
         return {}
 
     def _finished(self, seed: int) -> Iterator[Replayer]:
@@ -96,5 +104,7 @@ def is_broken(constraint: Constraint, value: float, margin: float) -> bool:
     return constraint.excess(value / (1 + margin) if constraint.sign > 0 else value * (1 + margin)) > 0
 
 
-def _count_frozen(replayer: Replayer) -> int:
-    return sum(len(scoring.frozen_units) for scoring in replayer.recording.scorings)
+def _frozen_share(replayer: Replayer) -> float:
+    """Share of units that were frozen, on average over a run's scorings; 1 of a run without any, which tells nothing."""
+    scorings = replayer.recording.scorings
+    return fmean(len(scoring.frozen_units) / len(scoring.frozen) for scoring in scorings) if scorings else 1.0

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -123,7 +124,9 @@ class Worker:
                 config = self.study_file.config_of(number, values, seed)
             except ConfigError as error:
                 return [*runs, Ended("failed", {}, str(error))]
-            if place == 0 and settings.prefilter and self._turns_away(trial, config):
+            # One that is taken up was let through before.
+            is_new = place == 0 and not config.run_folder.exists()
+            if settings.prefilter and is_new and self._turns_away(trial, config):
                 return [Ended("stopped", {})]
             watch = _Pruning(trial, settings.pruner.name, next(iter(settings.objectives)), place)
             ended = train(config, start=self.start, watch=watch.sees, tick=lambda: self._live(trial))
@@ -146,7 +149,12 @@ class Worker:
             from safe_lab.sweep.prefilter import Prefilter
 
             self._prefilter = Prefilter(self.study_file)
-        forecast = self._prefilter.forecast(config)
+        with ThreadPoolExecutor(1) as pool:
+            # Planning a large model may take longer than may pass without a sign of life.
+            forecasting = pool.submit(self._prefilter.forecast, config)
+            while not wait([forecasting], timeout=_IDLE_SECONDS).done:
+                self._live(trial)
+        forecast = forecasting.result()
         trial.set_user_attr(stored.FORECAST, dict(forecast))
         reason = self._prefilter.find_reason(forecast)
         if reason is None:

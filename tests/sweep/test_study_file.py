@@ -117,6 +117,7 @@ def test_constraints_are_read_with_their_units(read):
         ({"sampler": "grid"}, "no end to the values of freezing.final_threshold"),
         ({"pruner": "median"}, "pruner median: there are 2 objectives"),
         ({"pruner": "wilcoxon", "objectives": one()}, "there is one seed"),
+        ({"prefilter": True}, "prefilter: no constraint is on a figure that can be forecast"),
         (
             {"pruner": "median", "objectives": {"resources/flops": "minimize"}},
             "pruning needs a metric of the validation split",
