@@ -15,7 +15,7 @@ from safe_lab.model import num_positions
 from safe_lab.plan.depths import fill_depths, find_period, group_alike
 from safe_lab.plan.subject import build_subject
 from safe_lab.policy import PredictedSavings
-from safe_lab.prefix.rows import MULTIPLE
+from safe_lab.prefix.rows import round_up
 from safe_lab.rng import get_rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Planner:
         self._config = config
         self._num_labels = num_labels
         # The prefix pads its rows, so that whatever runs is planned for at the length it may be padded to.
-        self._longest = -(-longest // MULTIPLE) * MULTIPLE
+        self._longest = round_up(longest)
         self._budget_bytes = parse_bytes(config.memory.budget)
         streams = get_rng_state()
         self._subject = build_subject(config, num_labels=num_labels)
@@ -106,7 +106,7 @@ class Planner:
 
 def _padded(most_rows: Sequence[int]) -> tuple[int, ...]:
     """Most rows of each length, as of the multiple of 16 that it is padded to."""
-    return tuple(most_rows[min(-(-n // MULTIPLE) * MULTIPLE, len(most_rows)) - 1] for n in range(1, len(most_rows) + 1))
+    return tuple(most_rows[min(round_up(n), len(most_rows)) - 1] for n in range(1, len(most_rows) + 1))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,15 @@ from safe_lab.importance.probe import Batch
 
 # Tokens to a multiple of which rows are padded where their activations are computed.
 MULTIPLE = 16
+
+
+def round_up(tokens: float) -> int:
+    """The multiple of :data:`MULTIPLE` to which so many tokens are padded.
+
+    >>> round_up(16), round_up(17)
+    (16, 32)
+    """
+    return math.ceil(tokens / MULTIPLE) * MULTIPLE
 
 
 def make_keys(inputs: Batch) -> list[bytes]:
@@ -94,7 +104,7 @@ def select_rows(
     device, counts = inputs["input_ids"].device, count_tokens(inputs)
     lengths = torch.tensor([counts[i] for i in rows], device=device)
     longest = max(1, int(lengths.max()))
-    columns = -(-longest // MULTIPLE) * MULTIPLE
+    columns = round_up(longest)
     columns = max(min(columns, most_tokens), longest) if most_tokens else columns
     index = torch.tensor(rows, device=device)
     selected = {}

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from safe_lab.config import Config
 from safe_lab.figures import FORECAST, read_figure
 from safe_lab.policy import POLICIES
+from safe_lab.prefix.rows import MULTIPLE, round_up
 from safe_lab.replay.history import History
 from safe_lab.replay.recording import Recording, Stage
 from safe_lab.replay.stage_costs import StageCost, StagePlanner
@@ -221,10 +222,23 @@ class CostModel:
         evaluations = self._passes(recording.evaluations, self._recorded_spans(), recording.config) or 1.0
         flops = live.flops["forward"] * epoch + resources["flops_by_phase"]["evaluation"] / evaluations
         seconds = live.seconds["forward"] * epoch + resources["seconds"]["evaluation"] / evaluations
+        rows = self._share_of_padded_rows()
         return (
-            flops * deepest.flops["prefix"] / base.flops["forward"],
-            seconds * deepest.times["prefix"] / base.times["forward"],
+            rows * flops * deepest.flops["prefix"] / base.flops["forward"],
+            rows * seconds * deepest.times["prefix"] / base.times["forward"],
         )
+
+    def _share_of_padded_rows(self) -> float:
+        """Tokens of a row in the filling, which goes by length, for each of a row in a step.
+
+        It pads to a multiple of some tokens, and so by half of that on average, unless all rows are of one length.
+        """
+        result = self._recording.result
+        computed = result["resources"]["tokens_computed"]
+        _, padded = _measure_shape(self._recording)
+        tokens = padded * result["tokens"] / computed
+        in_filling = tokens + (MULTIPLE - 1) / 2 if result["tokens"] < computed else round_up(tokens)
+        return float(in_filling / round_up(padded))
 
     def _passes(self, steps: Sequence[int], spans: Sequence[_Span], config: Config) -> float:
         """What forward passes after these steps cost together, of one while nothing is frozen; before what freezes there."""

@@ -17,7 +17,7 @@ from safe_lab.memory.ledger import Ledger, Pace, Trace
 from safe_lab.memory.predict import count_bytes
 from safe_lab.model import num_positions
 from safe_lab.plan.subject import build_subject
-from safe_lab.prefix.rows import MULTIPLE
+from safe_lab.prefix.rows import round_up
 from safe_lab.prefix.stack import Stack, UnsupportedError
 
 # Some ten on a core with vector units, some hundred on a GPU; only the weight of small operators beside products hangs on it.
@@ -177,7 +177,7 @@ class StagePlanner:
         model: Any = rehearsal.model
         positions = num_positions(model.get_base_model())
         # It pads its rows.
-        tokens = -(-self._tokens // MULTIPLE) * MULTIPLE
+        tokens = round_up(self._tokens)
         with rehearsal.mode:
             batch = rehearsal.make_batch(self._rows, min(tokens, positions or tokens))
             with Ledger(rehearsal.model, batch=batch.values(), pace=self._pace) as ledger:
