@@ -1,10 +1,13 @@
 """Whole studies: real processes, really killed; whatever dies, the study ends with the trials that were asked for."""
 
 import json
+import subprocess
+import sys
 
 import optuna
 import psutil
 import pytest
+from parallel import free_port
 from sweep_tools import wait_for
 
 from safe_lab import config as configuration
@@ -237,3 +240,24 @@ def test_three_workers_of_two_commands_share_a_database_and_one_of_them_is_kille
     complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     assert len(complete) == 7
     assert len({root_of(trial) for trial in complete}) == 7
+
+
+SERVE = """
+import sys
+from optuna.storages import JournalStorage, run_grpc_proxy_server
+from optuna.storages.journal import JournalFileBackend
+run_grpc_proxy_server(JournalStorage(JournalFileBackend(sys.argv[1])), host="127.0.0.1", port=int(sys.argv[2]))
+"""
+
+
+def test_two_workers_share_a_study_behind_optunas_proxy(sweep, tmp_path):
+    port = free_port()
+    server = subprocess.Popen([sys.executable, "-c", SERVE, str(tmp_path / "journal"), str(port)])
+    try:
+        # The command waits for a storage that does not answer yet.
+        sweep.write(num_trials=3)
+        found = sweep.run("--storage", f"grpc://127.0.0.1:{port}", "--workers", 2)
+    finally:
+        server.kill()
+        server.wait()
+    assert (found["complete"], found["failed"], found["open"]) == (3, 0, 0)
