@@ -1,6 +1,6 @@
 """What the machinery of a sweep costs beside its trials, and what a second worker brings.
 
-    OMP_NUM_THREADS=1 python experiments/bench/sweep.py --trials 6 --steps 40 --folder runs
+    OMP_NUM_THREADS=1 python experiments/bench/sweep.py --trials 6 --steps 10 --folder runs
 
 The same study of short trials once with one worker and once, of twice as many trials, with two, one after the other. A trial's
 own time is the wall time of its run, from its first line to its result; all else from the first trial's start to the last one's
@@ -26,7 +26,7 @@ def main() -> None:
     """Run both studies and print a line for each, and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=6, help="of the study with one worker")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a trial")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a trial")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the studies go")
     chosen = parser.parse_args()
     paces = [measure(chosen.folder, workers, workers * chosen.trials, chosen.steps) for workers in (1, 2)]
@@ -41,7 +41,13 @@ def measure(folder: Path, workers: int, num_trials: int, steps: int) -> float:
     study = {
         "name": name,
         "base": str(Path(__file__).resolve().parents[1] / "quickstart.yaml"),
-        "settings": {"training.max_steps": steps, "tracking.wandb": "disabled", "output_dir": str(folder)},
+        "settings": {
+            "training.max_steps": steps,
+            "training.eval_every": "never",
+            "data.max_validation_samples": 64,
+            "tracking.wandb": "disabled",
+            "output_dir": str(folder),
+        },
         "space": {"freezing.final_threshold": {"low": 0.02, "high": 0.5, "log": True}},
         "objectives": {"validation/accuracy": "maximize"},
         "num_trials": num_trials,
