@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import optuna
 
@@ -58,14 +59,26 @@ def measure(folder: Path, workers: int, num_trials: int, steps: int) -> float:
     storage = open_storage(default_address(folder / name, several=workers > 1))
     trials = optuna.load_study(study_name=name, storage=storage).trials
     span = max(t.datetime_complete for t in trials) - min(t.datetime_start for t in trials)
+    own = {trial.number: own_seconds(folder / name, trial.number) for trial in trials}
+    around = [(t.datetime_complete - t.datetime_start).total_seconds() - own[t.number] for t in trials]
+    # A worker's first trial waits for what all others are forked from.
+    start, later = max(around[:workers]), around[workers:]
     seconds = span.total_seconds()
-    results = [RunFolder(path.parent).result for path in (folder / name).glob("trial-*/seed-0/result.json")]
-    own = sum(result["resources"]["wall_seconds"] for result in results if result)
+    between = (workers * (seconds - start) - sum(own.values()) - sum(later)) / len(later)
     print(
-        f"{workers} worker(s): {len(results)} trials in {seconds:.1f} s, {own / len(results):.2f} s of their own each; "
-        f"the sweep's share {1 - own / (workers * seconds):.2%}"
+        f"{workers} worker(s): {len(trials)} trials in {seconds:.1f} s, {fmean(own.values()):.2f} s of their own each; once at "
+        f"the start {start:.1f} s, then {fmean(later):.2f} s around a trial and {between:.2f} s between two (and waiting at the "
+        f"end): {(fmean(later) + between) / fmean(own.values()):.1%} of a trial"
     )
-    return len(results) / seconds
+    return len(trials) / seconds
+
+
+def own_seconds(folder: Path, trial: int) -> float:
+    """Wall time of a trial's run."""
+    result = RunFolder(folder / f"trial-{trial:04d}" / "seed-0").result
+    assert result is not None
+    seconds: float = result["resources"]["wall_seconds"]
+    return seconds
 
 
 if __name__ == "__main__":
