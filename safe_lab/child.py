@@ -15,6 +15,8 @@ _LAST_LINES = 8
 _SAID = ("stopped: ", "error: ")
 # Runs a command of safe-lab that ends with the process that started it.
 CHILD = "safe_lab.cli.child"
+# Exit code where it was the machine's fault (a full disk, a file system that is gone), and will go well once that is mended.
+FAULT_OF_MACHINE = 75
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",

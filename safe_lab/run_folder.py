@@ -217,10 +217,11 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
     state = "a finished" if finished else "an unfinished"
     try:
         before = configuration.load(path / "config.yaml")
-        # Who is told of a run, and what is measured of it, changes nothing about it.
-        same = {"tracking": before.tracking, "sharpness": before.sharpness}
-        ours = config.model_copy(update=same) if resume and not finished else config
-        found = differences(before, ours)
+        # Who is told of a run, by which path its folder is reached, and what is measured of it, changes nothing about it.
+        same: dict[str, Any] = {"tracking": before.tracking, "output_dir": before.output_dir}
+        if not finished:
+            same["sharpness"] = before.sharpness
+        found = differences(before, config.model_copy(update=same) if resume else config)
     except ConfigError as error:
         raise RunFolderError(
             f"{path}: holds {state} run whose config.yaml this version cannot read ({error}); --overwrite removes it"

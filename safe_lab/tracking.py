@@ -231,6 +231,7 @@ def log_study(
     rows: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
     pictures: Mapping[str, Any],
+    identity: str,
 ) -> None:
     """Send what a study came to, as a W&B run in the group of its trials' runs; a W&B that fails is told and left.
 
@@ -243,6 +244,7 @@ def log_study(
         rows: A row for each trial, all with the same columns.
         summary: What it came to.
         pictures: Plotly's figures, by name.
+        identity: Of the study: told again, it is the same run.
     """
     try:
         import wandb
@@ -254,6 +256,8 @@ def log_study(
             name=name,
             group=name,
             job_type="sweep",
+            id=identity,
+            resume="allow",
             dir=str(folder),
             mode=mode,
             config=dict(config),

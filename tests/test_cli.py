@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from safe_lab import yaml_core
+from safe_lab.child import FAULT_OF_MACHINE
 from safe_lab.cli import COMMANDS, main
 from safe_lab.memory import KINDS
 
@@ -143,7 +144,7 @@ def test_a_nan_loss_exits_1_and_says_so(path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_full_disk_exits_1_and_the_run_can_be_resumed(path, monkeypatch, capsys):
+def test_a_full_disk_exits_75_and_the_run_can_be_resumed(path, monkeypatch, capsys):
     from safe_lab.run_folder import RunFolder
 
     append = RunFolder.append
@@ -156,7 +157,7 @@ def test_a_full_disk_exits_1_and_the_run_can_be_resumed(path, monkeypatch, capsy
     settings = ["training.log_every=1", "training.save_every=4"]
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "append", full)
-        assert main(["train", str(path), "--quiet", *settings]) == 1
+        assert main(["train", str(path), "--quiet", *settings]) == FAULT_OF_MACHINE
     assert "No space left on device" in capsys.readouterr().err
     assert main(["train", str(path), "--quiet", "--resume", *settings]) == 0
     rows = RunFolder(next(path.parent.joinpath("runs").rglob("seed-0"))).rows("metrics.jsonl")

@@ -61,6 +61,7 @@ def train(arguments: Sequence[str]) -> int:
 
 def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
     from safe_lab import launch, run_folder
+    from safe_lab.child import FAULT_OF_MACHINE
     from safe_lab.section import ConfigError
 
     try:
@@ -95,7 +96,7 @@ def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
         return 1
     except OSError as error:
         tell(f"stopped: {error}; once that is mended, {goes_on}", of_this_process=True)
-        return 1
+        return FAULT_OF_MACHINE
     except (RuntimeError, MemoryError) as error:
         if is_connection_lost(error):
             tell(f"stopped: another process of this job has ended; {goes_on}", of_this_process=True)

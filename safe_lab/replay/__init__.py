@@ -3,7 +3,7 @@
 from safe_lab.replay.costs import CostModel, forecast_peak
 from safe_lab.replay.history import History, Moment, check_replayable, replay_history
 from safe_lab.replay.recording import Recording, read_recording
-from safe_lab.replay.replaying import Comparison, Replay, Replayer, compare, configure, replay
+from safe_lab.replay.replaying import Comparison, Replay, Replayer, configure
 
 __all__ = [
     "Comparison",
@@ -14,10 +14,8 @@ __all__ = [
     "Replay",
     "Replayer",
     "check_replayable",
-    "compare",
     "configure",
     "forecast_peak",
     "read_recording",
-    "replay",
     "replay_history",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from safe_lab import config as configuration
@@ -181,27 +180,3 @@ class Replayer:
                 # Nobody has named it: a run that is damaged, or differs in more, is none to measure by.
                 continue
         return found
-
-
-def replay(path: Path, overrides: Sequence[str] = ()) -> Replay:
-    """Replay a finished run under another schedule.
-
-    Args:
-        path: Its folder.
-        overrides: ``freezing.final_threshold=0.1`` and the like.
-
-    Raises:
-        ConfigError: It is no such folder, or its records do not tell.
-    """
-    recording = read_recording(path)
-    return Replayer(recording).replay(configure(recording, overrides))
-
-
-def compare(path: Path, truths: Sequence[Path]) -> list[Comparison]:
-    """Hold replays of a run against runs that were trained with other schedules.
-
-    Raises:
-        ConfigError: One is no folder of a finished run, or differs in more than what is replayed.
-    """
-    replayer = Replayer(read_recording(path))
-    return [replayer.compare(read_recording(truth)) for truth in truths]

@@ -6,6 +6,7 @@ import fcntl
 import json
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,9 +72,9 @@ def open_study(study_file: StudyFile, storage: BaseStorage) -> Study:
     )
 
 
-def study_path(folder: Path) -> Path:
-    """The study file with its base, overrides and all, as workers read it."""
-    return folder / _FILE
+def read_identity(folder: Path) -> str:
+    """What names the folder of a study, to which it has been joined."""
+    return (folder / _IDENTITY_FILE).read_text().strip()
 
 
 @contextmanager
@@ -114,8 +115,12 @@ def _enqueue(study_file: StudyFile, study: Study) -> None:
         for trial in trials
         if VOID not in trial.user_attrs and ROOT not in trial.user_attrs
     }
-    for place, point in enumerate(study_file.points):
-        ticket = f"point {place}: {json.dumps(point, sort_keys=True)}"
+    seen: Counter[str] = Counter()
+    for point in study_file.points:
+        # By what it is and not by its place, which another point may have by now.
+        text = json.dumps(point, sort_keys=True)
+        seen[text] += 1
+        ticket = f"point {text}, {seen[text]}"
         if ticket not in there:
             study.enqueue_trial(point, user_attrs={TICKET: ticket})
 

@@ -22,6 +22,9 @@ from safe_lab.sweep import roster as stored
 from safe_lab.sweep.roster import Roster, root_of
 from safe_lab.sweep.study_file import StudyFile
 
+# Shares below this are not printed.
+_SHOWN = 0.01
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -30,7 +33,7 @@ class Outcome:
     Attributes:
         study_file: What was searched.
         roster: Its trials.
-        importance: Share of each key in how an objective varies, by objective.
+        importance: Share of each key in what makes a trial good, by objective.
     """
 
     study_file: StudyFile
@@ -142,6 +145,7 @@ class Outcome:
         """
         folder.mkdir(parents=True, exist_ok=True)
         files, written = RunFolder(folder), []
+        head = f"# Study {self.study_file.settings.name}, trial "
         seeds = self.study_file.settings.seeds
         for trial in self.front:
             config = self.study_file.config_of(root_of(trial), self.values_of(trial), seeds[0])
@@ -152,10 +156,13 @@ class Outcome:
             file = f"trial-{root_of(trial):04d}.yaml"
             files.write(
                 file,
-                f"# Trial {root_of(trial)} of study {self.study_file.settings.name}: {found}{of}.\n"
-                + configuration.dump(config),
+                f"{head}{root_of(trial)}: {found}{of}.\n" + configuration.dump(config),
             )
             written.append(folder / file)
+        # Those of an earlier export that have been beaten since.
+        for other in set(folder.glob("trial-*.yaml")) - set(written):
+            if other.read_text(encoding="utf-8").startswith(head):
+                other.unlink()
         return written
 
 
@@ -188,8 +195,8 @@ def print_tables(outcome: Outcome, console: Console) -> None:
     console.print(table)
     for name, shares in outcome.importance.items():
         if shares:
-            listed = ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
-            console.print(f"{name} varies with {listed}", markup=False, highlight=False)
+            listed = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= _SHOWN)
+            console.print(f"a good {name} hangs on {listed}", markup=False, highlight=False)
     counts = outcome.to_dict()
     line = f"{counts['complete']} trials complete, {counts['pruned']} pruned, {counts['failed']} failed"
     if counts["taken_up"]:

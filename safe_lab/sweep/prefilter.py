@@ -45,7 +45,9 @@ class Prefilter:
         """
         wanted = [constraint for constraint in self.study_file.constraints if constraint.figure in FORECAST]
         try:
-            found = self._replay(config) or self._scale_peak(config)
+            found = self._replay(config)
+            if _PEAK not in found and any(constraint.figure == _PEAK for constraint in wanted):
+                found = {**found, **self._scale_peak(config)}
         except Exception as error:  # noqa: BLE001 - a forecast is a favour, and must not cost the trial
             log.warning("no forecast is made: %s: %s", type(error).__name__, error)
             return {}
@@ -63,9 +65,11 @@ class Prefilter:
 
     def _replay(self, config: Config) -> Mapping[str, float]:
         usable: list[tuple[float, Replayer]] = []
-        for replayer in sorted(self._finished(config.seed), key=_frozen_share)[:_MOST_TRIED]:
+        for replayer in sorted(self._finished(config.seed), key=_frozen_share):
             with suppress(ConfigError):
                 usable.append((replayer.history(config).stale_share, replayer))
+            if len(usable) == _MOST_TRIED:
+                break
         stale_share, chosen = min(usable, key=lambda entry: entry[0], default=(1.0, None))
         if chosen is None or stale_share > _MOST_STALE:
             return {}

@@ -11,6 +11,8 @@ another, everything hangs on what is stored with the trials:
     at the same moment; the one with the lower number counts, and the other is void.
 ``root``
     Number of the first trial of its entry, after which the run folders are named.
+``deaths``, ``reached``
+    How many workers have died of the entry since it last came further, and how far it had come when this trial began.
 ``void``
     It was never begun, as it was one too many.
 """
@@ -28,6 +30,8 @@ TICKET = "ticket"
 ROOT = "root"
 VOID = "void"
 OWNER = "owner"
+DEATHS = "deaths"
+REACHED = "reached"
 BEAT = "beat"
 FAILURE = "failure"
 SPREAD = "spread"
@@ -124,7 +128,14 @@ def take_up(trial: FrozenTrial) -> FrozenTrial:
     What samplers have noted with it (the point of a grid, a generation) goes on with it too.
     """
     attributes = {key: value for key, value in trial.system_attrs.items() if not key.startswith("constraints")}
-    if trial.params:
-        attributes["fixed_params"] = dict(trial.params)
-    tickets = {TICKET: f"takes up {trial.number}", ROOT: root_of(trial)}
+    # Of a known point some values may not have been drawn yet.
+    fixed = {**attributes.get("fixed_params", {}), **trial.params}
+    if fixed:
+        attributes["fixed_params"] = fixed
+    tickets = {
+        TICKET: f"takes up {trial.number}",
+        ROOT: root_of(trial),
+        DEATHS: trial.user_attrs.get(DEATHS, 0) + 1,
+        REACHED: trial.user_attrs.get(REACHED),
+    }
     return create_trial(state=TrialState.WAITING, system_attrs=attributes, user_attrs=tickets)

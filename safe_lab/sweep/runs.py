@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from safe_lab import config as configuration
 from safe_lab import run_folder
-from safe_lab.child import why_ended
+from safe_lab.child import FAULT_OF_MACHINE, why_ended
 from safe_lab.config import Config
 from safe_lab.nursery import Start
 from safe_lab.run_folder import RunFolder
@@ -59,6 +59,9 @@ def train(
         start: Starts the process.
         watch: Called with each row of metrics.jsonl that has an evaluation, once each and in order; True ends the run.
         tick: Called again and again while the run goes on.
+
+    Raises:
+        OSError: It was the machine's fault: a disk that is full, or gone. The run can go on once that is mended.
     """
     path = config.run_folder
     deaths, reached = 0, None
@@ -72,28 +75,32 @@ def train(
         if fault:
             return Ended("failed", {}, fault)
         file = str((path.parent / f"{path.name}.yaml").absolute())
-        with start(["train", file, "--resume", "--quiet"], log) as process:
+        # A run that was killed after its training is measured from its folder.
+        measures = _lacks_sharpness(config)
+        with start(["sharpness", str(path)] if measures else ["train", file, "--resume", "--quiet"], log) as process:
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_SECONDS)
                 tick()
                 if any(watch(row) for row in rows.read()):
                     return Ended("stopped", {})
-        if process.returncode == 0:
-            if any(watch(row) for row in rows.read()):
-                return Ended("stopped", {})
-            return _measure_sharpness(config, log, start, tick) or _read_result(path)
-        if process.returncode > 0 and not _is_held(path):
-            return Ended("failed", {}, why_ended(process.returncode, log))
-        if process.returncode > 0:
-            # Another was faster to train there.
+        code = process.returncode
+        if code == 0 and any(watch(row) for row in rows.read()):
+            return Ended("stopped", {})
+        if code == 0 and (measures or not _lacks_sharpness(config)):
+            return _read_result(path)
+        if code == 0 or (code > 0 and _is_held(path)):
+            # To be measured yet, or another was faster to train there.
+            deaths = 0
             continue
+        if code == FAULT_OF_MACHINE:
+            raise OSError(why_ended(code, log))
+        if code > 0:
+            return Ended("failed", {}, why_ended(code, log))
         newest = max((entry.name for entry in (path / "checkpoints").glob("step-*")), default=None)
         deaths, reached = (1 if newest != reached else deaths + 1), newest
         if deaths == _MOST_DEATHS:
-            return Ended(
-                "failed", {}, f"{why_ended(process.returncode, log)}\n{deaths} times without a newer checkpoint"
-            )
+            return Ended("failed", {}, f"{why_ended(code, log)}\n{deaths} times without a newer checkpoint")
 
 
 def remove_leftovers(path: Path) -> None:
@@ -102,17 +109,11 @@ def remove_leftovers(path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _measure_sharpness(config: Config, log: Path, start: Start, tick: Callable[[], None]) -> Ended | None:
-    """Measure what a run that was killed after its training has left out; how it failed, if it did."""
-    path = config.run_folder
-    if config.sharpness.when == "never" or _read_result(path).result.get("sharpness") is not None:
-        return None
-    with start(["sharpness", str(path)], log) as process:
-        while process.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_POLL_SECONDS)
-            tick()
-    return None if process.returncode == 0 else Ended("failed", {}, why_ended(process.returncode, log))
+def _lacks_sharpness(config: Config) -> bool:
+    """Whether a run has ended, and its sharpness, which was to be measured, has not been."""
+    if config.sharpness.when == "never" or not (config.run_folder / "result.json").exists():
+        return False
+    return _read_result(config.run_folder).result.get("sharpness") is None
 
 
 def _read_result(path: Path) -> Ended:

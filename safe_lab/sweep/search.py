@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from safe_lab.section import ConfigError
 from safe_lab.suggest import did_you_mean
+from safe_lab.sweep.roster import ROOT, VOID
 from safe_lab.sweep.space import Space
 
 SAMPLERS: Mapping[str, Callable[..., BaseSampler]] = MappingProxyType(
@@ -108,8 +109,11 @@ class SamplerOfStudy(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Take up the generator of this trial."""
-        self._take(trial)
-        self._inner.before_trial(study, trial)
+        if isinstance(self._inner, optuna.samplers.GridSampler):
+            self._choose_grid_point(study, trial, self._inner)
+        else:
+            self._take(trial)
+            self._inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """As Optuna's sampler does."""
@@ -132,15 +136,32 @@ class SamplerOfStudy(BaseSampler):
         if self._name != "grid":
             self._inner.after_trial(study, trial, state, values)
 
+    def _choose_grid_point(self, study: Study, trial: FrozenTrial, grid: optuna.samplers.GridSampler) -> None:
+        """Give a trial its point: the n-th that is no known one to the n-th entry that is to be drawn.
+
+        Optuna goes by the trial's number, of which known points and trials that were never begun use up some.
+        """
+        if "grid_id" in trial.system_attrs or "fixed_params" in trial.system_attrs:
+            return
+        known, place = set(), 0
+        for other in study.get_trials(deepcopy=False):
+            if ROOT in other.user_attrs or VOID in other.user_attrs:
+                continue
+            if "fixed_params" in other.system_attrs:
+                known.add(tuple(other.system_attrs["fixed_params"].get(name) for name in grid._param_names))
+            else:
+                place += other.number < trial.number
+        left = [i for i, point in enumerate(grid._all_grids) if point not in known] or range(len(grid._all_grids))
+        storage, key = study._storage, trial._trial_id
+        storage.set_trial_system_attr(key, "search_space", grid._search_space)
+        storage.set_trial_system_attr(key, "grid_id", left[place % len(left)])
+
     def _take(self, trial: FrozenTrial) -> None:
         seed = int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0] >> 1)
         if self._name == "qmc":
             # All trials are points of one quasi-random sequence, which the seed names; the rest is drawn for each.
             self._arguments["independent_sampler"] = optuna.samplers.RandomSampler(seed)
             self._inner = self._make(self._seed)
-        elif isinstance(self._inner, optuna.samplers.GridSampler):
-            # The seed it is made with numbers the points; this one chooses among those that are left.
-            self._inner._rng.rng.seed(seed)
         else:
             self._inner = self._make(seed)
 

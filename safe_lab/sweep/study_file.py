@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _NOT_SEARCHED = ("name", "variant", "output_dir", "seed", "tracking")
 _CONSTRAINT = re.compile(r"\s*([\w/]+)\s*(<=|>=)\s*(\S.*?)\s*")
 _PROBES = 200
+_VARIANT = "trial-{number:04d}"
 
 
 class PartSection(Section):
@@ -163,6 +164,10 @@ class StudyFile:
         """Where the study writes."""
         return Path(self._base["output_dir"]).expanduser() / self.settings.name
 
+    def folder_of(self, number: int) -> Path:
+        """Where the runs of a trial lie."""
+        return self.folder / _VARIANT.format(number=number)
+
     @property
     def objectives(self) -> Mapping[str, str]:
         """Direction by figure."""
@@ -179,7 +184,7 @@ class StudyFile:
         Raises:
             ConfigError: The schema refuses this combination of values.
         """
-        place = {"name": self.settings.name, "variant": f"trial-{number:04d}", "seed": seed}
+        place = {"name": self.settings.name, "variant": _VARIANT.format(number=number), "seed": seed}
         return configuration.build(override_copy(self._base, values) | place)
 
     def build_sampler(self) -> SamplerOfStudy:
@@ -308,8 +313,15 @@ def _find_faults_of_parts(study: StudyFile, config: Config) -> list[str]:
         if settings.sampler.name == "cma_es":
             faults.append(f"sampler cma_es: there are {len(settings.objectives)} objectives, and it knows one alone")
     elif pruner == "wilcoxon":
+        # By one less than there are, as after the last nothing is left to be spared.
+        smallest, wanted = 0.5 ** (len(settings.seeds) - 1), settings.pruner.arguments.get("p_threshold", 0.1)
         if len(settings.seeds) < 2:
             faults.append("pruner wilcoxon: it compares trials seed by seed, and there is one seed")
+        elif isinstance(wanted, int | float) and smallest >= wanted:
+            faults.append(
+                f"pruner wilcoxon: with {len(settings.seeds)} seeds the smallest p it can come to is {smallest:g}, and "
+                f"p_threshold is {wanted:g}: it would never prune"
+            )
     elif pruner != "none":
         (objective,) = settings.objectives
         if not objective.startswith("validation"):

@@ -9,17 +9,18 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from safe_lab import yaml_core
 from safe_lab.child import num_threads, started, why_ended
+from safe_lab.run_folder import RunFolder
 from safe_lab.section import ConfigError
 from safe_lab.sweep import roster as stored
-from safe_lab.sweep.joining import study_path
 from safe_lab.sweep.roster import Roster, root_of
 from safe_lab.sweep.study_file import StudyFile
 
@@ -38,7 +39,9 @@ def find_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return [str(i) for i, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    # Below a GPU that is divided its parts are listed too.
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(i) for i in range(len(gpus))]
 
 
 def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
@@ -75,18 +78,25 @@ class Supervisor:
     _deaths: Counter[int] = field(default_factory=Counter)
     _started_at: dict[int, float] = field(default_factory=dict)
     _deadline: float | None = None
+    _given_up: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Until the study has come to its end, or its timeout.
 
+        A worker that dies again and again is given up, and the others go on.
+
         Raises:
-            RuntimeError: The workers die again and again.
+            RuntimeError: All of them were given up.
         """
         self._told = {trial.number: trial.state for trial in self._read().trials}
         timeout = self.study_file.settings.timeout
         self._deadline = None if timeout is None else time.time() + timeout
+        # Of this command: another one on this study may have other workers, another sampler, another way to this folder.
+        files = RunFolder(self.study_file.folder)
+        files.write(self._name("study", "yaml"), yaml_core.write(self.study_file.settings.model_dump(mode="json")))
         with ExitStack() as held:
-            workers = {i: held.enter_context(self._start(i)) for i in range(len(self.environments))}
+            held.callback((files.path / self._name("study", "yaml")).unlink, missing_ok=True)
+            workers = {i: self._start(i, held) for i in range(len(self.environments))}
             while workers:
                 time.sleep(_POLL_SECONDS)
                 for i, process in list(workers.items()):
@@ -94,33 +104,41 @@ class Supervisor:
                     if code is None:
                         continue
                     del workers[i]
-                    if code != 0:
-                        self._mind(i, code)
-                        workers[i] = held.enter_context(self._start(i))
+                    if code != 0 and self._is_to_go_on(i, code):
+                        workers[i] = self._start(i, held)
                 self._tell_news()
         self._tell_news()
+        if len(self._given_up) == len(self.environments):
+            raise RuntimeError("\n".join(self._given_up))
 
-    def _start(self, worker: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    def _start(self, worker: int, held: ExitStack) -> subprocess.Popen[bytes]:
         self._started_at[worker] = time.monotonic()
         environment = dict(self.environments[worker]) | {STORAGE_VARIABLE: self.address}
         arguments = [
-            *("safe_lab.sweep.worker_process", str(study_path(self.study_file.folder))),
+            *("safe_lab.sweep.worker_process", str(self.study_file.folder / self._name("study", "yaml"))),
             *(str(self.study_file.settings.num_trials), "none" if self._deadline is None else str(self._deadline)),
         ]
-        return started(arguments, self._log(worker), environment)
+        return held.enter_context(started(arguments, self._log(worker), environment))
 
     def _log(self, worker: int) -> Path:
-        # Of this command: others may share the folder.
-        return self.study_file.folder / f"worker-{socket.gethostname()}-{os.getpid()}-{worker}.log"
+        return self.study_file.folder / self._name("worker", f"{worker}.log")
 
-    def _mind(self, worker: int, code: int) -> None:
-        """A worker has died."""
+    @staticmethod
+    def _name(what: str, ending: str) -> str:
+        """A file of this command's own; others may share the folder."""
+        return f"{what}-{socket.gethostname()}-{os.getpid()}.{ending}"
+
+    def _is_to_go_on(self, worker: int, code: int) -> bool:
+        """Whether a worker that has died is to be started anew."""
         why = why_ended(code, self._log(worker))
         soon = time.monotonic() - self._started_at[worker] < _SOON_SECONDS
         self._deaths[worker] = self._deaths[worker] + 1 if soon else 1
         if self._deaths[worker] == _MOST_DEATHS:
-            raise RuntimeError(f"worker {worker} ended {_MOST_DEATHS} times, each soon after its start: {why}")
+            self._given_up.append(f"worker {worker} ended {_MOST_DEATHS} times, each soon after its start: {why}")
+            self.show(self._given_up[-1])
+            return False
         self.show(f"worker {worker} ended ({' '.join(why.splitlines()[:2])}), and is started anew")
+        return True
 
     def _read(self) -> Roster:
         return Roster(self.study.get_trials(deepcopy=False), self.study_file.settings.num_trials)

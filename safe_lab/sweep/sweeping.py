@@ -11,7 +11,7 @@ from typing import Any
 from safe_lab import run_folder
 from safe_lab.run_folder import RunFolder, to_json
 from safe_lab.section import ConfigError
-from safe_lab.sweep.joining import alone, join
+from safe_lab.sweep.joining import alone, join, read_identity
 from safe_lab.sweep.outcome import Outcome
 from safe_lab.sweep.pictures import draw, measure_importance
 from safe_lab.sweep.roster import Roster
@@ -45,6 +45,10 @@ def run(
     """
     for note in study_file.notes:
         show(note)
+    gpus = find_gpus()
+    worker_environments = environments(workers, gpus)
+    if not gpus:
+        _refuse_what_gpus_tell(study_file)
     address = address or _find_address(study_file.folder, workers)
     if takes_one_worker(address) and workers > 1:
         raise ConfigError(
@@ -62,7 +66,7 @@ def run(
             taken = "a sweep is running here, and SQLite is for one worker; end it, and start both with --storage journal://PATH"
             held.enter_context(run_folder.hold(study_file.folder, taken))
         study = join(study_file, open_storage(address), address)
-        Supervisor(study_file, study, address, environments(workers, find_gpus()), show).run()
+        Supervisor(study_file, study, address, worker_environments, show).run()
     objectives = study_file.objectives
     roster = Roster(study.get_trials(deepcopy=False), study_file.settings.num_trials)
     outcome = Outcome(study_file, roster, measure_importance(study, objectives))
@@ -70,11 +74,11 @@ def run(
     with alone(study_file.folder):
         RunFolder(study_file.folder).write("result.json", to_json(outcome.to_dict()))
         try:
-            pictures = draw(study, objectives, study_file.folder / "pictures")
+            pictures = draw(study, objectives, outcome.importance, study_file.folder / "pictures")
         except (ValueError, RuntimeError, OSError) as error:
             log.warning("no pictures were drawn: %s", error)
-    if export is not None:
-        outcome.export(export)
+        if export is not None:
+            outcome.export(export)
     _log_to_wandb(outcome, pictures)
     return outcome
 
@@ -96,7 +100,20 @@ def _log_to_wandb(outcome: Outcome, pictures: Mapping[str, Any]) -> None:
         rows=outcome.rows(),
         summary=outcome.to_dict(),
         pictures=pictures,
+        identity=read_identity(study_file.folder),
     )
+
+
+def _refuse_what_gpus_tell(study_file: StudyFile) -> None:
+    """Refuse figures for which this machine has no meter: each trial would train to its end, and then fail.
+
+    Raises:
+        ConfigError: There are such.
+    """
+    wanted = [*study_file.objectives, *(constraint.figure for constraint in study_file.constraints)]
+    told = [name for name in wanted if name.startswith(("resources/device_", "resources/joules"))]
+    if told:
+        raise ConfigError(f"{', '.join(told)}: this machine has no GPU, and nothing to measure that by")
 
 
 def _find_address(folder: Path, workers: int) -> str:

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 1.0
 _FAILURE_LENGTH = 1500
+# Workers that may die of one trial without it coming further: what kills them each time will do so again.
+_MOST_DEATHS = 10
 
 
 @dataclass
@@ -113,7 +115,24 @@ class Worker:
         trial.set_user_attr(stored.OWNER, describe_owner())
         self._beat_at = -math.inf
         values = self.study_file.space.suggest(trial)
+        deaths = self._count_deaths(trial, number)
+        if deaths >= _MOST_DEATHS:
+            reason = f"{deaths} workers died of it, one after the other, without a newer checkpoint"
+            self._tell(trial, [Ended("failed", {}, reason)])
+            return
         self._tell(trial, self._train(trial, number, values))
+
+    def _count_deaths(self, trial: Trial, number: int) -> int:
+        """How many workers have died of a trial since it last came further."""
+        folder = self.study_file.folder_of(number)
+        found = [*folder.glob("seed-*/result.json"), *folder.glob("seed-*/checkpoints/step-*")]
+        reached = sorted(str(path.relative_to(folder)) for path in found)
+        deaths: int = trial.user_attrs.get(stored.DEATHS, 0)
+        if reached != trial.user_attrs.get(stored.REACHED):
+            deaths = 0
+        trial.set_user_attr(stored.DEATHS, deaths)
+        trial.set_user_attr(stored.REACHED, reached)
+        return deaths
 
     def _train(self, trial: Trial, number: int, values: Mapping[str, Any]) -> list[Ended]:
         """The runs of all seeds, up to the first one that has no result."""

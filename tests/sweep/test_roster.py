@@ -113,3 +113,22 @@ def test_what_was_drawn_and_what_the_sampler_noted_goes_on_with_the_trial(study)
     again = study.ask()
     assert again.suggest_int("a", 1, 2) == drawn
     assert again.suggest_int("b", 3, 4) in (3, 4)
+
+
+def test_a_known_point_that_was_cut_off_halfway_keeps_all_its_values(study):
+    study.enqueue_trial({"a": 0.5, "b": 0.25})
+    trial = study.ask()
+    trial.suggest_float("a", 0, 1)
+    study.add_trial(take_up(cut_off(study, trial)))
+    again = study.ask()
+    assert [again.suggest_float(name, 0, 1) for name in ("a", "b")] == [0.5, 0.25]
+
+
+def test_deaths_of_an_entry_are_counted_over_its_trials(study):
+    trial = study.ask()
+    trial.set_user_attr(stored.REACHED, ["seed-0/checkpoints/step-000005"])
+    for deaths in (1, 2):
+        study.add_trial(take_up(cut_off(study, trial)))
+        trial = study.ask()
+        assert trial.user_attrs[stored.DEATHS] == deaths
+        assert trial.user_attrs[stored.REACHED] == ["seed-0/checkpoints/step-000005"]

@@ -3,15 +3,19 @@
 import json
 import os
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import optuna
 import psutil
 import pytest
 
+from safe_lab import config as configuration
+from safe_lab.child import FAULT_OF_MACHINE
 from safe_lab.sweep import owner
 from safe_lab.sweep.owner import Watch, describe_owner
 from safe_lab.sweep.roster import BEAT, OWNER
-from safe_lab.sweep.runs import _Evaluations
+from safe_lab.sweep.runs import _Evaluations, train
 
 
 def row(step, **values):
@@ -102,3 +106,56 @@ def test_a_worker_on_this_machine_is_dead_once_its_process_is_gone(trial):
     # Another process with the number of one that is gone.
     trial.set_user_attr(OWNER, describe_owner() | {"since": 1.0})
     assert look(watch, trial)
+
+
+class Ends:
+    """Starts nothing, and has commands end as they are told to: exit codes, and what a run leaves behind when it ends well."""
+
+    def __init__(self, config, *codes):
+        self.config = config
+        self.codes = list(codes)
+        self.commands = []
+
+    @contextmanager
+    def start(self, arguments, log):
+        command, code = arguments[0], self.codes.pop(0)
+        self.commands.append(command)
+        log.write_text("stopped: for a reason\n")
+        result = self.config.run_folder / "result.json"
+        result.parent.mkdir(exist_ok=True)
+        (result.parent / "config.yaml").write_text(configuration.dump(self.config))
+        if code == 0:
+            result.write_text(json.dumps({"sharpness": {"trace": 1} if command == "sharpness" else None}))
+        yield SimpleNamespace(returncode=code, poll=lambda: code)
+
+    def train(self):
+        """Train with it."""
+        return train(self.config, start=self.start, watch=lambda row: False, tick=lambda: None)
+
+
+@pytest.fixture
+def measured(tiny_tree):
+    """A run whose sharpness is measured at its end."""
+    return configuration.build(tiny_tree | {"sharpness": {"when": "end"}})
+
+
+def test_a_run_that_was_killed_before_its_sharpness_was_measured_is_measured_later_however_often_that_is_killed(
+    measured,
+):
+    ends = Ends(measured, -9, 0, -9, -9, 0)
+    assert ends.train().how == "finished"
+    assert ends.commands == ["train", "train", "sharpness", "sharpness", "sharpness"]
+
+
+def test_what_kills_a_run_again_and_again_fails_it(measured):
+    ends = Ends(measured, -9, -9, -9)
+    ended = ends.train()
+    assert (ended.how, len(ends.commands)) == ("failed", 3)
+    assert "3 times without a newer checkpoint" in ended.reason
+
+
+def test_a_fault_of_the_machine_fails_no_run(measured):
+    ends = Ends(measured, FAULT_OF_MACHINE)
+    with pytest.raises(OSError, match="for a reason"):
+        ends.train()
+    assert Ends(measured, 1).train().how == "failed"

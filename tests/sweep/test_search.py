@@ -4,6 +4,7 @@ import optuna
 import pytest
 
 from safe_lab.section import ConfigError
+from safe_lab.sweep.roster import VOID
 from safe_lab.sweep.search import PRUNERS, SAMPLERS, SamplerOfStudy, build_pruner
 from safe_lab.sweep.space import Parameter, ParameterSection, Space
 
@@ -98,3 +99,19 @@ def test_a_grid_that_nobody_can_walk_is_refused():
     wide = Space([Parameter(key, ParameterSection(low=0, high=999), True) for key in "xyz"])
     with pytest.raises(ConfigError, match="1000000000 points are more than the 100000"):
         SamplerOfStudy("grid", {}, wide, seed=0)
+
+
+def test_a_grid_is_covered_around_known_points_and_trials_that_were_never_begun():
+    space = Space([Parameter("letter", ParameterSection(choices=list("abcdef")), False)])
+    study = optuna.create_study(sampler=SamplerOfStudy("grid", {}, space, seed=0))
+    study.enqueue_trial({"letter": "c"})
+    found = []
+    for number in range(7):
+        trial = study.ask()
+        if number == 3:
+            trial.set_user_attr(VOID, True)
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            found.append(space.suggest(trial)["letter"])
+            study.tell(trial, 0.0)
+    assert sorted(found) == list("abcdef")

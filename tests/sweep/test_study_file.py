@@ -117,6 +117,7 @@ def test_constraints_are_read_with_their_units(read):
         ({"sampler": "grid"}, "no end to the values of freezing.final_threshold"),
         ({"pruner": "median"}, "pruner median: there are 2 objectives"),
         ({"pruner": "wilcoxon", "objectives": one()}, "there is one seed"),
+        ({"pruner": "wilcoxon", "objectives": one(), "seeds": 3}, "the smallest p it can come to is 0.25"),
         ({"prefilter": True}, "prefilter: no constraint is on a figure that can be forecast"),
         (
             {"pruner": "median", "objectives": {"resources/flops": "minimize"}},

@@ -148,6 +148,21 @@ def test_hopeless_trials_are_pruned_by_what_they_report(sweep):
     assert all(next(iter(trial.intermediate_values)) == 2 for trial in trials)
 
 
+def test_a_trial_that_is_behind_seed_by_seed_is_given_up_before_all_have_run(sweep):
+    sweep.write(
+        space={"training.learning_rate": {"low": 1e-9, "high": 0.1, "log": True}},
+        objectives={"validation/loss": "minimize"},
+        enqueue=[{"training.learning_rate": 0.02}, {"training.learning_rate": 1e-9}],
+        pruner={"name": "wilcoxon", "p_threshold": 0.3, "n_startup_steps": 2},
+        seeds=4,
+        num_trials=2,
+    )
+    found = sweep.run()
+    assert (found["complete"], found["pruned"]) == (1, 1)
+    assert len(list(sweep.folder.glob("trial-0000/seed-*/result.json"))) == 4
+    assert 2 <= len(list(sweep.folder.glob("trial-0001/seed-*/result.json"))) < 4
+
+
 def test_a_trial_that_is_killed_goes_on_from_its_checkpoint(sweep):
     sweep.tree["base"]["training"] |= LONG
     sweep.write(num_trials=1)
