@@ -8,9 +8,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tiny import FAMILIES, save_tiny_model, tiny_tree_in, write_csv
 
 pytest.register_assert_rewrite("parallel")
+
+# After that, as sweep_tools imports it.
+from sweep_tools import PostgreSQL, Sweep, find_postgresql  # noqa: E402
+from tiny import FAMILIES, save_tiny_model, tiny_tree_in, write_csv  # noqa: E402
 
 # Sums over threads come out in other bits: the processes that tests start compute with as many threads as this one.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,3 +47,24 @@ def tree(tiny_tree, tmp_path):
     tiny_tree["training"] |= {"log_every": 1, "eval_batch_size": 4}
     tiny_tree["freezing"] |= {"interval": 4}
     return {"savings": {}, "memory": {}} | tiny_tree
+
+
+@pytest.fixture
+def postgresql():
+    """A running PostgreSQL."""
+    programs = find_postgresql()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    server = PostgreSQL(programs)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def sweep(tiny_tree, tmp_path):
+    """A study that a test may change before it is run."""
+    tiny_tree["training"] |= {"epochs": 1}
+    return Sweep(tmp_path, {key: value for key, value in tiny_tree.items() if key != "name"})

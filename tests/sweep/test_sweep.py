@@ -150,9 +150,9 @@ def test_hopeless_trials_are_pruned_by_what_they_report(sweep):
 
 def test_a_trial_that_is_behind_seed_by_seed_is_given_up_before_all_have_run(sweep):
     sweep.write(
-        space={"training.learning_rate": {"low": 1e-9, "high": 0.1, "log": True}},
+        space={"training.learning_rate": {"low": 1e-3, "high": 10.0, "log": True}},
         objectives={"validation/loss": "minimize"},
-        enqueue=[{"training.learning_rate": 0.02}, {"training.learning_rate": 1e-9}],
+        enqueue=[{"training.learning_rate": 1e-3}, {"training.learning_rate": 10.0}],
         pruner={"name": "wilcoxon", "p_threshold": 0.3, "n_startup_steps": 2},
         seeds=4,
         num_trials=2,
