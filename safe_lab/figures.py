@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from safe_lab.byte_size import parse_bytes
+from safe_lab.byte_size import format_bytes, parse_bytes
 from safe_lab.config import Config
 from safe_lab.data.tasks import TASKS, metric_key
 from safe_lab.suggest import did_you_mean
@@ -124,6 +124,19 @@ def _of_sharpness(result: Mapping[str, Any], name: str) -> float | None:
 
     measured = result.get("sharpness")
     return None if measured is None else summarize_all(measured).get(name)
+
+
+def format_figure(name: str, value: float) -> str:
+    """A figure as a person reads it, in the unit that its name tells.
+
+    >>> format_figure("resources/flops", 2.5e11), format_figure("seconds/training", 61.237)
+    ('0.25 TFLOP', '61.24 s')
+    """
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if re.search(r"flops(_by_phase/\w+)?$", name):
+        return f"{value / 1e12:.4g} TFLOP"
+    return f"{value:.4g} s" if re.search(r"(^|[/_])seconds(/\w+)?$", name) else f"{value:.4g}"
 
 
 def parse_amount(text: str) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from safe_lab.config import Config
 from safe_lab.figures import FORECAST, read_figure
@@ -73,9 +74,11 @@ class CostModel:
             )
         live = recording.stages.get((frozenset(), 0))
         if live is None:
+            marks = sorted({0, *recording.evaluations, *(scoring.step for scoring in recording.scorings)})
+            gap = max((end - begin for begin, end in pairwise(marks)), default=2)
             raise ConfigError(
                 f"{recording.path}: training.log_every: {config.training.log_every} leaves no row between two scorings or "
-                "evaluations, and without one its steps cannot be told from these"
+                f"evaluations, and without one its steps cannot be told from these; with {max(gap // 2, 1)} or less there is one"
             )
         self._recording = recording
         self._live: Stage = live

@@ -107,7 +107,10 @@ def _is_unused(config: Config, key: str) -> bool:
 
 def _explain(recording: Recording, config: Config, key: str) -> str:
     if key.startswith(_OF_SCORES):
-        return f"{key}: the scores that were recorded are by {recording.config.freezing.metric}, and of another setting here"
+        return (
+            f"{key}: the scores that were recorded are by {recording.config.freezing.metric} as it was set there; others take a "
+            f"run that is trained with them. What can be replayed is {', '.join(REPLAYED)}"
+        )
     return f"{key}: cannot be replayed, only trained; what can is {', '.join(REPLAYED)}"
 
 

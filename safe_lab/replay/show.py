@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from safe_lab.byte_size import format_bytes
+from safe_lab.figures import format_figure
 from safe_lab.replay.costs import read_truth
 from safe_lab.replay.replaying import Comparison, Replay
 from safe_lab.run_folder import differences
@@ -94,15 +94,9 @@ def _costs(replayed: Replay) -> Table:
     for name, value in replayed.forecast.items():
         if name.startswith("frozen"):
             continue
-        shown = [_format(name, figure) for figure in (was[name], value)]
+        shown = [format_figure(name, figure) for figure in (was[name], value)]
         table.add_row(escape(name), *shown, f"{value / was[name] - 1:+.1%}" if was[name] else "")
     return table
-
-
-def _format(name: str, value: float) -> str:
-    if name.endswith("_bytes"):
-        return format_bytes(round(value))
-    return f"{value / 1e12:.4g} TFLOP" if name.endswith("flops") else f"{value:.4g} s"
 
 
 def _say(console: Console, text: str) -> None:

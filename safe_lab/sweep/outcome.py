@@ -16,7 +16,7 @@ from rich.table import Table
 
 from safe_lab import config as configuration
 from safe_lab import yaml_core
-from safe_lab.byte_size import format_bytes
+from safe_lab.figures import format_figure
 from safe_lab.run_folder import RunFolder
 from safe_lab.sweep import roster as stored
 from safe_lab.sweep.roster import Roster, root_of
@@ -143,7 +143,6 @@ class Outcome:
 
         Its runs go to ``<output_dir>/<study>-front/trial-<n>/``; with several seeds the file is of the first of them.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         files, written = RunFolder(folder), []
         head = f"# Study {self.study_file.settings.name}, trial "
         seeds = self.study_file.settings.seeds
@@ -192,7 +191,12 @@ def print_tables(outcome: Outcome, console: Console) -> None:
         values = outcome.values_of(trial)
         settings = ", ".join(f"{key.removeprefix(section)} {_plain(value)}" for key, value in values.items())
         table.add_row(str(root_of(trial)), *_numbers(trial, objectives), settings)
-    console.print(table)
+    if outcome.front:
+        console.print(table)
+    elif outcome.roster.finished:
+        console.print(
+            f"{outcome.study_file.settings.name}: no trial that was trained keeps the constraints", highlight=False
+        )
     for name, shares in outcome.importance.items():
         if shares:
             listed = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= _SHOWN)
@@ -225,13 +229,10 @@ def print_tables(outcome: Outcome, console: Console) -> None:
 def _numbers(trial: FrozenTrial, objectives: Mapping[str, str]) -> list[str]:
     spread = trial.user_attrs.get(stored.SPREAD) or {}
     return [
-        _format(name, value) + (f" \N{PLUS-MINUS SIGN} {_format(name, spread[name])}" if name in spread else "")
+        format_figure(name, value)
+        + (f" \N{PLUS-MINUS SIGN} {format_figure(name, spread[name])}" if name in spread else "")
         for name, value in zip(objectives, trial.values, strict=True)
     ]
-
-
-def _format(name: str, value: float) -> str:
-    return format_bytes(round(value)) if name.endswith("_bytes") else f"{value:.4g}"
 
 
 def _plain(value: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from safe_lab.config import Config
-from safe_lab.figures import FORECAST
+from safe_lab.figures import FORECAST, format_figure
 from safe_lab.replay import Replayer, forecast_peak, read_recording
 from safe_lab.section import ConfigError
 from safe_lab.sweep.study_file import Constraint, StudyFile
@@ -57,7 +57,8 @@ class Prefilter:
         """Why a trial is turned away, if it is: the constraints that it would break by more than the margin."""
         margin = self.study_file.settings.prefilter_margin
         broken = [
-            f"{constraint.figure} would be {forecast[constraint.text]:.4g}, and is to be {constraint.describe_bound()}"
+            f"{constraint.figure} would be {format_figure(constraint.figure, forecast[constraint.text])}, and is to be "
+            f"{constraint.describe_bound()}"
             for constraint in self.study_file.constraints
             if constraint.text in forecast and is_broken(constraint, forecast[constraint.text], margin)
         ]

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from safe_lab import config as configuration
 from safe_lab.config import Config, Count, Positive, Share
-from safe_lab.figures import FORECAST, check_figure, parse_amount
+from safe_lab.figures import FORECAST, check_figure, format_figure, parse_amount
 from safe_lab.section import ConfigError, Section, check, override_all, override_copy, read_tree
 from safe_lab.sweep.space import Parameter, ParameterSection, Space
 
@@ -138,7 +138,7 @@ class Constraint:
 
     def describe_bound(self) -> str:
         """The bound, as a person reads it."""
-        return f"{'at most' if self.sign > 0 else 'at least'} {self.bound:.4g}"
+        return f"{'at most' if self.sign > 0 else 'at least'} {format_figure(self.figure, self.bound)}"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from safe_lab import yaml_core
 from safe_lab.child import num_threads, started, why_ended
+from safe_lab.figures import format_figure
 from safe_lab.run_folder import RunFolder
 from safe_lab.section import ConfigError
 from safe_lab.sweep import roster as stored
@@ -158,16 +159,21 @@ class Supervisor:
     def _describe(self, trial: FrozenTrial, finished: int) -> str:
         name = f"trial {root_of(trial)}"
         done = f"{finished}/{self.study_file.settings.num_trials}"
+        drawn = ", ".join(f"{key}={value}" for key, value in self.study_file.space.read(trial.params).items())
         if trial.state == TrialState.RUNNING:
             begun = "begins" if root_of(trial) == trial.number else "goes on"
-            drawn = ", ".join(f"{key}={value}" for key, value in self.study_file.space.read(trial.params).items())
             return f"{name} {begun}: {drawn}"
         if stored.is_cut_off(trial):
             return f"{name}: its worker has died; it is taken up again"
         if trial.state == TrialState.COMPLETE:
             named = zip(self.study_file.objectives, trial.values, strict=True)
-            return f"{name} ({done}): " + ", ".join(f"{figure} {value:.6g}" for figure, value in named)
+            untold = " (it could not be forecast)" if trial.user_attrs.get(stored.FORECAST) == {} else ""
+            return (
+                f"{name} ({done}): "
+                + ", ".join(f"{figure} {format_figure(figure, value)}" for figure, value in named)
+                + untold
+            )
         if trial.state == TrialState.PRUNED:
             reason = trial.user_attrs.get(stored.TURNED_AWAY)
-            return f"{name} ({done}): " + ("pruned" if reason is None else f"not trained: {reason}")
+            return f"{name} ({done}): " + ("pruned" if reason is None else f"not trained ({drawn}): {reason}")
         return f"{name} ({done}): failed, {' '.join(trial.user_attrs.get(stored.FAILURE, '').splitlines()[:2])}"
