@@ -9,8 +9,9 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -260,7 +261,7 @@ def find_units(model: nn.Module, forward: Callable[[], object], granularity: Gra
             if parameter.requires_grad
         }
         member_layers = [layers[name] for name in members]
-        off, read_at = _switch_off(member_layers), modules[site]
+        off, read_at = partial(switched_off, member_layers), modules[site]
         if granularity == "matrix":
             for key, parameter in parameters.items():
                 units.append(Unit(_short(key), len(units), {key: parameter}, read_at, off))
@@ -389,20 +390,18 @@ def _short(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _switch_off(layers: Sequence[Any]) -> Callable[[], AbstractContextManager[None]]:
-    @contextmanager
-    def off() -> Iterator[None]:
-        # Not enable_adapters(False): on the way back it turns requires_grad on for frozen adapters too (peft 0.21).
-        before = [layer._disable_adapters for layer in layers]
-        try:
-            for layer in layers:
-                layer._disable_adapters = True
-            yield
-        finally:
-            for layer, disabled in zip(layers, before, strict=True):
-                layer._disable_adapters = disabled
-
-    return off
+@contextmanager
+def switched_off(layers: Sequence[Any]) -> Iterator[None]:
+    """Inside, these adapter layers run their base layer alone; nothing else of them changes."""
+    # Not enable_adapters(False): on the way back it turns requires_grad on for frozen adapters too (peft 0.21).
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def _delta_weights(layers: Sequence[Any]) -> Callable[[], Iterator[Tensor]] | None:

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from safe_lab.child import end_with_parent
 from safe_lab.cli.words import quiet_libraries
@@ -57,10 +57,10 @@ def main() -> None:
     os._exit(0)
 
 
-def _tell_end(pid: int, holds: int, answers: object) -> None:
+def _tell_end(pid: int, holds: int, answers: TextIO) -> None:
     _, status = os.waitpid(pid, 0)
     os.close(holds)
-    print(os.waitstatus_to_exitcode(status), file=answers, flush=True)  # type: ignore[call-overload]
+    print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
 
 
 def _become(arguments: list[str], log: str, held: int) -> NoReturn:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_lab.adapters import tuner_layers
+from safe_lab.adapters import switched_off, tuner_layers
 from safe_lab.config import Config
 from safe_lab.memory.ledger import Ledger, Pace, Trace
 from safe_lab.memory.predict import count_bytes
@@ -96,7 +96,7 @@ class StagePlanner:
         rehearsal.freeze(frozen)
         held = {id(p) for p in rehearsal.trained if not p.requires_grad}
         layers = self._frozen_layers(held) if folds else []
-        with _switched_off(layers):
+        with switched_off(layers):
             depth, width = self._look() if skips and frozen else (0, 0)
             prefix: Trace | None = None
             hidden: Tensor | None = None
@@ -183,16 +183,3 @@ class StagePlanner:
             with Ledger(rehearsal.model, batch=batch.values(), pace=self._pace) as ledger:
                 self._stack.run(self._stack.inputs_of(batch), start=0, stop=depth)
         return ledger.trace
-
-
-@contextmanager
-def _switched_off(layers: Collection[Any]) -> Iterator[None]:
-    """Inside, these adapter layers run their base layer alone, as folded ones do."""
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, switched_off in zip(layers, before, strict=True):
-            layer._disable_adapters = switched_off
