@@ -148,9 +148,19 @@ class Recording:
 def read_recording(path: Path) -> Recording:
     """Read the folder of a finished run.
 
+    Args:
+        path: The folder, or one that holds it and no other run: a trial's, or a variant's.
+
     Raises:
         ConfigError: It is none, or a file in it is damaged, or it was made by a version whose columns were others.
     """
+    below = sorted(path.glob("seed-*/result.json"))
+    if below and not (path / "config.yaml").exists():
+        if len(below) > 1:
+            raise ConfigError(
+                f"{path}: there are several runs: {', '.join(found.parent.name for found in below)}; name one"
+            )
+        path = below[0].parent
     for file, what in (("config.yaml", "it is no run folder"), ("result.json", "the run has not finished")):
         if not (path / file).is_file():
             raise ConfigError(f"{path}: there is no {file}: {what}")

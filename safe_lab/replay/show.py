@@ -42,14 +42,14 @@ def describe_accuracy(comparisons: Sequence[Comparison]) -> list[str]:
             "How far this is from the truth was not measured: no run beside this one was trained with another schedule "
             "(--against RUN names one elsewhere)."
         ]
-    lines = [f"Held against {len(comparisons)} runs that were trained with other schedules."]
+    lines = [f"Held against the runs that were trained with other schedules: {len(comparisons)}."]
     scored = [c for c in comparisons if c.by_scores and c.unit_scorings]
     if scored:
         right, total = sum(c.right for c in scored), sum(c.unit_scorings for c in scored)
         at_once, froze = sum(c.at_once for c in scored), sum(c.froze for c in scored)
         lines.append(
-            f"Where the schedule goes by scores ({len(scored)} runs), {right / total:.1%} of {total} unit-scorings are right; of "
-            f"{froze} units that froze, {at_once} did so at the same scoring."
+            f"Where the schedule goes by scores ({len(scored)} of them), {right / total:.1%} of {total} unit-scorings are right; "
+            f"of {froze} units that froze, {at_once} did so at the same scoring."
         )
     named = {
         "mean memory": "resources/memory_mean_bytes",

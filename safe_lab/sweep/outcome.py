@@ -20,7 +20,7 @@ from safe_lab.figures import format_figure
 from safe_lab.run_folder import RunFolder
 from safe_lab.sweep import roster as stored
 from safe_lab.sweep.roster import Roster, root_of
-from safe_lab.sweep.study_file import StudyFile
+from safe_lab.sweep.study_file import Constraint, StudyFile
 
 # Shares below this are not printed.
 _SHOWN = 0.01
@@ -60,6 +60,29 @@ class Outcome:
         front = [trial for trial, _ in sorted(found, key=lambda entry: (entry[1], root_of(entry[0])))]
         return front[:1] if len(signs) == 1 else front
 
+    @cached_property
+    def nearest(self) -> FrozenTrial | None:
+        """Where trials have ended and none is a solution, the one that breaks the constraints by the smallest shares of them."""
+        known = [
+            trial for trial in self.roster.finished if len(self.constrained(trial)) == len(self.study_file.constraints)
+        ]
+        if self.front or not known or not self.study_file.constraints:
+            return None
+        return min(known, key=self._excess_share)
+
+    def constrained(self, trial: FrozenTrial) -> dict[Constraint, float]:
+        """The figures that are to keep constraints: means over a trial's seeds, or, where it was turned away, the forecast."""
+        by_figure, forecast = trial.user_attrs.get(stored.BY_SEED, {}), trial.user_attrs.get(stored.FORECAST, {})
+        if stored.TURNED_AWAY in trial.user_attrs:
+            return {one: forecast[one.text] for one in self.study_file.constraints if one.text in forecast}
+        return {one: fmean(by_figure[one.figure]) for one in self.study_file.constraints if one.figure in by_figure}
+
+    def _excess_share(self, trial: FrozenTrial) -> float:
+        return sum(
+            max(constraint.excess(value), 0.0) / (abs(constraint.bound) or 1.0)
+            for constraint, value in self.constrained(trial).items()
+        )
+
     @property
     def all_failed(self) -> bool:
         """Whether trials have ended, and every one of them without a result."""
@@ -81,12 +104,18 @@ class Outcome:
             "open": len(roster.open),
             "taken_up": roster.num_taken_up,
             "front": [self._entry(trial) for trial in self.front],
+            "nearest": None if self.nearest is None else root_of(self.nearest),
+            "trials": [self._describe(trial) for trial in self.roster.finished],
             "turned_away": {
                 str(root_of(trial)): trial.user_attrs[stored.TURNED_AWAY]
                 for trial in roster.of_state(TrialState.PRUNED)
                 if stored.TURNED_AWAY in trial.user_attrs
             },
-            "forecast_errors": self._forecast_errors(),
+            "forecast_errors": {
+                constraint.text: errors
+                for constraint in self.study_file.constraints
+                if (errors := self.roster.forecast_errors(constraint))
+            },
             "importance": {name: dict(shares) for name, shares in self.importance.items()},
             "failures": {
                 str(root_of(trial)): trial.user_attrs.get(stored.FAILURE, "")
@@ -94,18 +123,29 @@ class Outcome:
             },
         }
 
-    def _forecast_errors(self) -> dict[str, list[float]]:
-        """By constraint, how far the forecasts of trials were off that were trained all the same: forecast / truth - 1."""
-        errors: dict[str, list[float]] = {}
-        for trial in self.roster.of_state(TrialState.COMPLETE):
-            by_figure = trial.user_attrs.get(stored.BY_SEED, {})
-            for constraint in self.study_file.constraints:
-                forecast = trial.user_attrs.get(stored.FORECAST, {}).get(constraint.text)
-                # Forecasts are of the first seed.
-                truth = by_figure.get(constraint.figure, [0.0])[0]
-                if forecast is not None and truth:
-                    errors.setdefault(constraint.text, []).append(forecast / truth - 1)
-        return errors
+    def _describe(self, trial: FrozenTrial) -> dict[str, Any]:
+        """A trial that has ended, on the front or not."""
+        attributes, is_complete = trial.user_attrs, trial.state == TrialState.COMPLETE
+        forecast = attributes.get(stored.FORECAST)
+        found = self.constrained(trial)
+        return {
+            "trial": root_of(trial),
+            "state": trial.state.name.lower(),
+            "reason": attributes.get(stored.FAILURE) or attributes.get(stored.TURNED_AWAY),
+            # Of a pruned trial Optuna keeps the last report, which is not the figure at the end.
+            "values": dict(zip(self.study_file.objectives, trial.values, strict=True)) if is_complete else None,
+            "constraints": {
+                constraint.text: {
+                    "value": found.get(constraint) if is_complete else None,
+                    "forecast": None if forecast is None else forecast.get(constraint.text),
+                    "is_kept": constraint.excess(found[constraint]) <= 0 if constraint in found else None,
+                }
+                for constraint in self.study_file.constraints
+            },
+            "forecast_from": attributes.get(stored.FORECAST_FROM) or None,
+            "no_forecast": attributes.get(stored.NO_FORECAST) or None,
+            "settings": self.values_of(trial),
+        }
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each trial that has ended: its number and state, its objectives, whether it is on the front, its settings."""
@@ -194,36 +234,56 @@ def print_tables(outcome: Outcome, console: Console) -> None:
     if outcome.front:
         console.print(table)
     elif outcome.roster.finished:
-        console.print(
-            f"{outcome.study_file.settings.name}: no trial that was trained keeps the constraints", highlight=False
-        )
+        _print_nearest(outcome, console)
     for name, shares in outcome.importance.items():
         if shares:
             listed = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= _SHOWN)
             console.print(f"a good {name} hangs on {listed}", markup=False, highlight=False)
     counts = outcome.to_dict()
-    line = f"{counts['complete']} trials complete, {counts['pruned']} pruned, {counts['failed']} failed"
+    line = f"{counts['complete']} complete, {counts['pruned']} pruned, {counts['failed']} failed"
     if counts["taken_up"]:
-        line += f"; {counts['taken_up']} times one was taken up from a worker that died"
+        line += f", {counts['taken_up']} taken up from a worker that died"
     if counts["open"]:
-        line += f"; {counts['open']} have not ended"
+        line += f", {counts['open']} not ended"
+    line = f"trials: {line}"
     console.print(line, highlight=False)
     if counts["turned_away"]:
         console.print(
-            f"{len(counts['turned_away'])} of the pruned were not trained: they would break a constraint",
+            f"not trained, as they would break a constraint: {len(counts['turned_away'])} of the pruned",
             highlight=False,
         )
     for text, errors in counts["forecast_errors"].items():
         mean, worst = fmean(map(abs, errors)), max(map(abs, errors))
-        line = f"over {len(errors)} trials that were trained, forecasts for {text} were off by {mean:.1%}, {worst:.1%} at worst"
+        line = (
+            f"forecasts for {text} were off by {mean:.1%}, {worst:.1%} at worst (trainings to tell by: {len(errors)})"
+        )
         console.print(line, markup=False, highlight=False)
     broken = sum(not keeps_constraints(trial) for trial in outcome.roster.of_state(TrialState.COMPLETE))
     if broken:
-        console.print(f"{broken} of the complete ones break a constraint", highlight=False)
+        console.print(f"trained, and a constraint is broken: {broken} of the complete", highlight=False)
     for number, reason in counts["failures"].items():
         console.print(
             f"trial {number} failed: {reason.splitlines()[0] if reason else ''}", markup=False, highlight=False
         )
+
+
+def _print_nearest(outcome: Outcome, console: Console) -> None:
+    name, nearest = outcome.study_file.settings.name, outcome.nearest
+    if not outcome.study_file.constraints:
+        console.print(f"{name}: no trial is complete", highlight=False)
+        return
+    console.print(f"{name}: no trial that was trained keeps the constraints", highlight=False)
+    if nearest is None:
+        return
+    figures = ", ".join(
+        f"{constraint.figure} {format_figure(constraint.figure, value)} ({constraint.describe_bound()} is asked for)"
+        for constraint, value in outcome.constrained(nearest).items()
+    )
+    forecast = " by its forecast" if stored.TURNED_AWAY in nearest.user_attrs else ""
+    settings = ", ".join(f"{key} {_plain(value)}" for key, value in outcome.values_of(nearest).items())
+    console.print(
+        f"nearest is trial {root_of(nearest)}{forecast}: {figures}; {settings}", highlight=False, soft_wrap=True
+    )
 
 
 def _numbers(trial: FrozenTrial, objectives: Mapping[str, str]) -> list[str]:

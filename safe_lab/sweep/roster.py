@@ -22,8 +22,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState, create_trial
+
+if TYPE_CHECKING:
+    from safe_lab.sweep.study_file import Constraint
 
 CUT_OFF = "cut_off"
 TICKET = "ticket"
@@ -37,6 +41,8 @@ FAILURE = "failure"
 SPREAD = "spread"
 BY_SEED = "by_seed"
 FORECAST = "forecast"
+FORECAST_FROM = "forecast_from"
+NO_FORECAST = "no_forecast"
 TURNED_AWAY = "turned_away"
 
 
@@ -105,6 +111,17 @@ class Roster:
     def num_taken_up(self) -> int:
         """How often a trial was cut off and taken up."""
         return sum(is_cut_off(trial) for trial in self.trials) - len(self.cut_off)
+
+    def forecast_errors(self, constraint: Constraint) -> list[float]:
+        """How far forecasts of a constraint's figure were off where the trial was trained all the same: forecast / truth - 1."""
+        errors = []
+        for trial in self.of_state(TrialState.COMPLETE):
+            forecast = trial.user_attrs.get(FORECAST, {}).get(constraint.text)
+            # Forecasts are of the first seed.
+            truth = trial.user_attrs.get(BY_SEED, {}).get(constraint.figure, [0.0])[0]
+            if forecast is not None and truth:
+                errors.append(forecast / truth - 1)
+        return errors
 
     def is_one_too_many(self, number: int) -> bool:
         """Whether a trial that has just been asked for, by its number, must not be begun."""

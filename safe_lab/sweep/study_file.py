@@ -84,7 +84,9 @@ class StudySection(Section):
         False, description="turn away trials that will break a constraint, as replays of the study's finished runs tell"
     )
     prefilter_margin: Share = Field(
-        0.05, description="share by which a forecast may be off: a trial that breaks its bound by less is trained"
+        0.05,
+        description="share by which forecasts may be off, at least: a trial that breaks its bound by less is trained. Where "
+        "those of earlier trials were off by more, that counts, and until two have been trained, one half",
     )
     num_trials: Count = Field(description="trials that come to an end of their own: complete, pruned or failed")
     timeout: Positive | None = Field(

@@ -167,7 +167,8 @@ class Supervisor:
             return f"{name}: its worker has died; it is taken up again"
         if trial.state == TrialState.COMPLETE:
             named = zip(self.study_file.objectives, trial.values, strict=True)
-            untold = " (it could not be forecast)" if trial.user_attrs.get(stored.FORECAST) == {} else ""
+            reason = trial.user_attrs.get(stored.NO_FORECAST)
+            untold = f" (not forecast: {' '.join(reason.splitlines()[:1])})" if reason else ""
             return (
                 f"{name} ({done}): "
                 + ", ".join(f"{figure} {format_figure(figure, value)}" for figure, value in named)

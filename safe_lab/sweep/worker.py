@@ -174,13 +174,17 @@ class Worker:
             while not wait([forecasting], timeout=_IDLE_SECONDS).done:
                 self._live(trial)
         forecast = forecasting.result()
-        trial.set_user_attr(stored.FORECAST, dict(forecast))
-        reason = self._prefilter.find_reason(forecast)
+        trial.set_user_attr(stored.FORECAST, dict(forecast.by_constraint))
+        trial.set_user_attr(stored.FORECAST_FROM, forecast.told_from)
+        trial.set_user_attr(stored.NO_FORECAST, forecast.untold[:_FAILURE_LENGTH])
+        roster, constraints = self.read_roster(), self.study_file.constraints
+        errors = {constraint.text: roster.forecast_errors(constraint) for constraint in constraints}
+        reason = self._prefilter.find_reason(forecast, errors)
         if reason is None:
             return False
-        for constraint in self.study_file.constraints:
-            if constraint.text in forecast:
-                trial.set_constraint(constraint.text, constraint.excess(forecast[constraint.text]))
+        for constraint in constraints:
+            if constraint.text in forecast.by_constraint:
+                trial.set_constraint(constraint.text, constraint.excess(forecast.by_constraint[constraint.text]))
         trial.set_user_attr(stored.TURNED_AWAY, reason)
         return True
 

@@ -193,6 +193,14 @@ def test_a_run_that_was_never_scored_or_stopped_early_is_told(recording, tmp_pat
     assert replayed.forecast["frozen_share"] == 0.0
 
 
+def test_a_folder_that_holds_one_run_stands_for_it(folders, tmp_path):
+    assert read_recording(folders["nothing"].parent).path == folders["nothing"]
+    shutil.copytree(folders["nothing"], tmp_path / "seed-0")
+    shutil.copytree(folders["nothing"], tmp_path / "seed-1")
+    with pytest.raises(ConfigError, match="there are several runs: seed-0, seed-1; name one"):
+        read_recording(tmp_path)
+
+
 def test_folders_that_are_no_finished_run_or_damaged_are_named(folders, tmp_path):
     with pytest.raises(ConfigError, match=r"there is no config\.yaml"):
         read_recording(tmp_path)
@@ -238,8 +246,8 @@ def test_the_command_prints_a_table_and_json_and_measures_itself(folders, capsys
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "what would have frozen when" in printed
-    assert "Held against 7 runs that were trained with other schedules" in printed
-    assert "Where the schedule goes by scores (4 runs)" in printed
+    assert "Held against the runs that were trained with other schedules: 7." in printed
+    assert "Where the schedule goes by scores (4 of them)" in printed
     assert main([*arguments, "--json", "--against", str(folders["early"])]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [entry["path"] for entry in found["measured"]] == [str(folders["early"])]

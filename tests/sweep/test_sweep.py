@@ -113,7 +113,10 @@ def test_a_trial_that_breaks_a_constraint_is_no_solution(sweep):
         num_trials=1,
     )
     found = sweep.run()
-    assert (found["complete"], found["front"]) == (1, [])
+    assert (found["complete"], found["front"], found["nearest"]) == (1, [], 0)
+    (trial,) = found["trials"]
+    assert trial["constraints"]["resources/memory_peak_bytes <= 1KiB"]["value"] > 1024
+    assert not trial["constraints"]["resources/memory_peak_bytes <= 1KiB"]["is_kept"]
 
 
 def test_trials_that_will_break_a_constraint_are_turned_away_by_replay_of_those_before(sweep):
@@ -129,6 +132,12 @@ def test_trials_that_will_break_a_constraint_are_turned_away_by_replay_of_those_
     assert (found["complete"], found["pruned"], found["failed"]) == (2, 1, 0)
     assert found["turned_away"] == {"1": "frozen_share would be 1, and is to be at most 0.5"}
     assert not (sweep.folder / "trial-0001").exists()
+    trained, away, third = found["trials"]
+    assert "no run of this study and seed has finished" in trained["no_forecast"]
+    assert (away["state"], away["values"], away["forecast_from"]) == ("pruned", None, "trial-0000/seed-0")
+    assert away["constraints"]["frozen_share <= 0.5"] == {"value": None, "forecast": 1.0, "is_kept": False}
+    assert away["settings"] == {"freezing.final_threshold": 2.0}
+    assert third["constraints"]["frozen_share <= 0.5"]["is_kept"]
     # The first had none to be told by; the third was told by it, and trained.
     (error,) = found["forecast_errors"]["resources/memory_peak_bytes <= 1GiB"]
     assert abs(error) < 0.1
