@@ -50,7 +50,7 @@ class Outcome:
         solutions = [
             (trial, [sign * value for sign, value in zip(signs, trial.values, strict=True)])
             for trial in self.roster.of_state(TrialState.COMPLETE)
-            if keeps_constraints(trial)
+            if keeps_constraints(trial) and stored.SAME_AS not in trial.user_attrs
         ]
         found = [
             (trial, losses)
@@ -142,6 +142,7 @@ class Outcome:
                 }
                 for constraint in self.study_file.constraints
             },
+            "same_as": attributes.get(stored.SAME_AS),
             "forecast_from": attributes.get(stored.FORECAST_FROM) or None,
             "no_forecast": attributes.get(stored.NO_FORECAST) or None,
             "settings": self.values_of(trial),
@@ -245,6 +246,9 @@ def print_tables(outcome: Outcome, console: Console) -> None:
         line += f", {counts['taken_up']} taken up from a worker that died"
     if counts["open"]:
         line += f", {counts['open']} not ended"
+    again = sum(trial["same_as"] is not None for trial in counts["trials"])
+    if again:
+        line += f"; {again} of the complete came to a point that had been trained, and took its figures"
     line = f"trials: {line}"
     console.print(line, highlight=False)
     if counts["turned_away"]:

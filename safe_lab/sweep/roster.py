@@ -13,6 +13,8 @@ another, everything hangs on what is stored with the trials:
     Number of the first trial of its entry, after which the run folders are named.
 ``deaths``, ``reached``
     How many workers have died of the entry since it last came further, and how far it had come when this trial began.
+``same_as``
+    Root of the trial whose point it came to again, and whose figures it was therefore given.
 ``void``
     It was never begun, as it was one too many.
 """
@@ -40,6 +42,7 @@ BEAT = "beat"
 FAILURE = "failure"
 SPREAD = "spread"
 BY_SEED = "by_seed"
+SAME_AS = "same_as"
 FORECAST = "forecast"
 FORECAST_FROM = "forecast_from"
 NO_FORECAST = "no_forecast"
@@ -111,6 +114,11 @@ class Roster:
     def num_taken_up(self) -> int:
         """How often a trial was cut off and taken up."""
         return sum(is_cut_off(trial) for trial in self.trials) - len(self.cut_off)
+
+    def find_same(self, params: Mapping[str, object]) -> FrozenTrial | None:
+        """A complete trial that was trained at a point, if there is one."""
+        complete = self.of_state(TrialState.COMPLETE)
+        return next((trial for trial in complete if trial.params == params and SAME_AS not in trial.user_attrs), None)
 
     def forecast_errors(self, constraint: Constraint) -> list[float]:
         """How far forecasts of a constraint's figure were off where the trial was trained all the same: forecast / truth - 1."""

@@ -166,6 +166,9 @@ class Supervisor:
         if stored.is_cut_off(trial):
             return f"{name}: its worker has died; it is taken up again"
         if trial.state == TrialState.COMPLETE:
+            same = trial.user_attrs.get(stored.SAME_AS)
+            if same is not None:
+                return f"{name} ({done}): the same point as trial {same}, and not trained again"
             named = zip(self.study_file.objectives, trial.values, strict=True)
             reason = trial.user_attrs.get(stored.NO_FORECAST)
             untold = f" (not forecast: {' '.join(reason.splitlines()[:1])})" if reason else ""

@@ -27,7 +27,7 @@ from safe_lab.nursery import Start
 from safe_lab.section import ConfigError
 from safe_lab.sweep import roster as stored
 from safe_lab.sweep.owner import Watch, describe_owner
-from safe_lab.sweep.roster import Roster, take_up
+from safe_lab.sweep.roster import Roster, root_of, take_up
 from safe_lab.sweep.runs import Ended, Evaluation, remove_leftovers, train
 from safe_lab.sweep.study_file import StudyFile
 
@@ -115,6 +115,12 @@ class Worker:
         trial.set_user_attr(stored.OWNER, describe_owner())
         self._beat_at = -math.inf
         values = self.study_file.space.suggest(trial)
+        same = self.read_roster().find_same(trial.params)
+        if same is not None:
+            # Trained again with the same seeds, it would come to the same.
+            trial.set_user_attr(stored.SAME_AS, root_of(same))
+            self._complete(trial, same.user_attrs[stored.BY_SEED])
+            return
         deaths = self._count_deaths(trial, number)
         if deaths >= _MOST_DEATHS:
             reason = f"{deaths} workers died of it, one after the other, without a newer checkpoint"
@@ -219,10 +225,14 @@ class Worker:
             name: [read_figure(result, name) for result in results]
             for name in (*self.study_file.objectives, *(bound.figure for bound in self.study_file.constraints))
         }
+        self._complete(trial, by_figure)
+
+    def _complete(self, trial: Trial, by_figure: Mapping[str, Sequence[float]]) -> None:
+        """End a trial with its figures, seed by seed."""
         for constraint in self.study_file.constraints:
             trial.set_constraint(constraint.text, constraint.excess(fmean(by_figure[constraint.figure])))
         trial.set_user_attr(stored.BY_SEED, by_figure)
-        if len(results) > 1:
+        if len(self.study_file.settings.seeds) > 1:
             trial.set_user_attr(stored.SPREAD, {name: stdev(found) for name, found in by_figure.items()})
         means = [fmean(by_figure[name]) for name in self.study_file.objectives]
         self._end(trial, TrialState.COMPLETE, means)

@@ -76,6 +76,15 @@ def test_an_exported_point_trains_again_to_the_bit(sweep, tmp_path):
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_a_point_that_was_trained_is_not_trained_again(sweep):
+    sweep.write(space={"training.batch_size": [4]}, num_trials=3, seeds=2)
+    found = sweep.run()
+    assert (found["complete"], len(found["front"])) == (3, 1)
+    assert [trial["same_as"] for trial in found["trials"]] == [None, 0, 0]
+    assert found["trials"][1]["values"] == found["trials"][0]["values"]
+    assert [path.name for path in sweep.folder.glob("trial-*")] == ["trial-0000"]
+
+
 def test_means_over_seeds_are_told_with_their_spread(sweep):
     sweep.write(seeds=2, num_trials=1, objectives={"validation/accuracy": "maximize", "validation/loss": "minimize"})
     (point,) = sweep.run()["front"]
