@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from safe_lab import yaml_core
@@ -28,6 +28,21 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+def _count_up(seeds: Any) -> Any:
+    return tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0 else seeds
+
+
+def _check_different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise PydanticCustomError("option", "a seed stands twice")
+    return seeds
+
+
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+# Some seeds; a number N stands for 0 to N - 1.
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), BeforeValidator(_count_up), AfterValidator(_check_different)]
 
 
 def _check_bytes(size: Any) -> str:
@@ -339,7 +354,7 @@ class SharpnessSection(Section):
         512,
         description="tokens in a pass with padding; a product takes some three times a training step's bytes for each",
     )
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(
+    seed: Seed = Field(
         0, description="seed of samples and random vectors; the same for all runs that are to be compared"
     )
     head: bool = Field(False, description="look at the task head's weights too, beside the adapters'")
@@ -421,9 +436,7 @@ class Config(Section):
 
     name: str = Field(description="experiment; the run folder is <output_dir>/<name>/<variant>/seed-<seed>")
     variant: str = Field("default", description="variant within the experiment")
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(
-        0, description="seed of head and adapter initialisation, data order, dropout and probe"
-    )
+    seed: Seed = Field(0, description="seed of head and adapter initialisation, data order, dropout and probe")
     output_dir: str = Field("runs", min_length=1, description="folder of all run folders")
     model: ModelSection
     data: DataSection
@@ -570,6 +583,15 @@ def plain_folder_name(name: str) -> str:
             f"{name!r} is no plain folder name: up to 100 letters, digits and . _ + = , - are allowed, and no leading dot",
         )
     return name
+
+
+def safe_folder_name(text: str) -> str:
+    """A plain folder name made of any text: what is not allowed in one is left out.
+
+    >>> safe_folder_name("rank=[4, 8]")
+    'rank=4,8'
+    """
+    return re.sub(r"[^\w.+=,-]", "", text).lstrip(".+=,-")[:100]
 
 
 def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

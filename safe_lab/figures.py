@@ -33,6 +33,10 @@ _GROUPS = {
 }
 _KINDS = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporary", "cache")
 _TOP = ("selected_step", "steps", "epochs", "tokens", "frozen_share", "frozen_depth")
+_FLOPS = re.compile(r"flops(_by_phase/\w+)?$")
+_SECONDS = re.compile(r"(^|[/_])seconds(/\w+)?$")
+_FLOP_UNITS = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15}
+_SECOND_UNITS = {"min": 60.0, "s": 1.0, "h": 3600.0}
 # Of every sample, and by measure.
 _ALWAYS_MEASURED = ("loss", "gradient_norm")
 _BY_MEASURE = {
@@ -126,6 +130,28 @@ def _of_sharpness(result: Mapping[str, Any], name: str) -> float | None:
     return None if measured is None else summarize_all(measured).get(name)
 
 
+def is_cost(name: str) -> bool:
+    """Whether a figure is an amount that is spent, so that what counts is by which factor it differs.
+
+    >>> is_cost("resources/flops"), is_cost("validation/accuracy")
+    (True, False)
+    """
+    return name.startswith(("resources/", "seconds/", "parameters/"))
+
+
+def direction_of(name: str) -> int:
+    """1 if more of a figure is better, -1 if less is, 0 if it is neither good nor bad by itself.
+
+    >>> direction_of("validation/f1"), direction_of("validation/loss"), direction_of("frozen_share")
+    (1, -1, 0)
+    """
+    if name.startswith("validation"):
+        return -1 if name.endswith("/loss") else 1
+    if name == "resources/tokens_per_second":
+        return 1
+    return -1 if is_cost(name) or name.startswith("sharpness/") else 0
+
+
 def format_figure(name: str, value: float) -> str:
     """A figure as a person reads it, in the unit that its name tells.
 
@@ -134,21 +160,26 @@ def format_figure(name: str, value: float) -> str:
     """
     if name.endswith("_bytes"):
         return format_bytes(value)
-    if re.search(r"flops(_by_phase/\w+)?$", name):
+    if _FLOPS.search(name):
         return f"{value / 1e12:.4g} TFLOP"
-    return f"{value:.4g} s" if re.search(r"(^|[/_])seconds(/\w+)?$", name) else f"{value:.4g}"
+    return f"{value:.4g} s" if _SECONDS.search(name) else f"{value:.4g}"
 
 
-def parse_amount(text: str) -> float:
-    """A number, or a size in bytes such as ``6GiB``.
+def parse_amount(name: str, text: str) -> float:
+    """An amount of a figure: a number, and where the figure has a unit also one with it: ``6GiB``, ``1.5TFLOP``, ``90s``.
 
     Raises:
-        ValueError: Neither.
+        ValueError: None of them.
 
-    >>> parse_amount("0.25"), parse_amount("2KiB")
-    (0.25, 2048.0)
+    >>> parse_amount("frozen_share", "0.25"), parse_amount("resources/flops", "2TFLOP"), parse_amount("seconds/training", "90 s")
+    (0.25, 2000000000000.0, 90.0)
     """
-    try:
-        return float(text)
-    except ValueError:
+    if name.endswith("_bytes") and not re.fullmatch(r"\s*[\d.]+(e\d+)?\s*", text):
         return float(parse_bytes(text))
+    units = _FLOP_UNITS if _FLOPS.search(name) else _SECOND_UNITS if _SECONDS.search(name) else {}
+    unit = next((unit for unit in units if text.rstrip().endswith(unit)), "")
+    try:
+        return float(text.rstrip().removesuffix(unit)) * units.get(unit, 1.0)
+    except ValueError:
+        known = f" and a unit, {' or '.join(units)}" if units else ""
+        raise ValueError(f"{text!r} is no amount of {name}: a number{known} is needed") from None

@@ -11,11 +11,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from select import select
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from safe_lab.child import CHILD, QUIET, started
@@ -40,20 +41,28 @@ class Running(Protocol):
 Start = Callable[[Sequence[str], Path], AbstractContextManager[Running]]
 
 
-def start_afresh(arguments: Sequence[str], log: Path) -> AbstractContextManager[Running]:
+def start_afresh(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str] = MappingProxyType({})
+) -> AbstractContextManager[Running]:
     """Run a command of ``safe-lab`` in a new process; leaving ends it if it still runs.
 
     Args:
         arguments: The command and its arguments.
         log: File for what it prints.
+        environment: On top of this process's.
     """
-    return started([CHILD, *arguments], log, {})
+    return started([CHILD, *arguments], log, environment)
 
 
 @dataclass
 class Nursery:
-    """Starts commands of ``safe-lab``, one at a time, by forking; they end with this process."""
+    """Starts commands of ``safe-lab``, one at a time, by forking; they end with this process.
 
+    Attributes:
+        environment: Of theirs, on top of this process's.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=dict)
     _process: subprocess.Popen[bytes] | None = None
 
     @contextmanager
@@ -89,7 +98,7 @@ class Nursery:
                 [sys.executable, "-m", "safe_lab.cli.nursery"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, **QUIET},
+                env={**os.environ, **QUIET, **self.environment},
                 # Unbuffered: what has been read from it is what select() does not tell of any more.
                 bufsize=0,
                 start_new_session=True,

@@ -37,7 +37,7 @@ LAYERS = [
     {"build"},
     {"saved"},
     {"run"},
-    {"replay"},
+    {"replay", "trainings", "hardware"},
     {"bench", "sweep"},
     {"cli"},
     {"__init__", "__main__"},

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from safe_lab.data.batches import Collator, EpochBatchSampler
 
-__all__ = ["TASKS", "Collator", "Data", "EpochBatchSampler", "Task", "compute_metrics", "load_data"]
+__all__ = ["TASKS", "Collator", "Data", "EpochBatchSampler", "Task", "compute_metrics", "load_data", "read_splits"]
 
 
 def __getattr__(name: str) -> Any:
@@ -88,24 +88,12 @@ def load_data(
         FileNotFoundError: There is no such file, folder or train split.
         ConnectionError: The hub cannot be reached.
     """
-    if task not in TASKS:
-        raise ValueError(f"data.task={task!r} is not known{did_you_mean(task, TASKS)}; known are {', '.join(TASKS)}")
+    columns = (text_column, text_pair_column, label_column)
+    spec, raw, names = read_splits(task, path, columns, labels, validation_share, seed)
     if max_length > tokenizer.model_max_length:
         raise ValueError(
             f"data.max_length is {max_length}, and the tokenizer's model takes {tokenizer.model_max_length}"
         )
-    spec = replace(
-        TASKS[task],
-        text_column=text_column or TASKS[task].text_column,
-        text_pair_column=text_pair_column or TASKS[task].text_pair_column,
-        label_column=label_column or TASKS[task].label_column,
-    )
-    raw = load_splits(path, spec, label_column=spec.label_column, validation_share=validation_share, seed=seed)
-    raw.pop(TEST, None)
-    for split, dataset in raw.items():
-        _check_columns(dataset, spec, split)
-    names = None if spec.kind == "regression" else _find_labels(labels, spec, path, raw[TRAIN])
-
     encoded: dict[str, datasets.Dataset] = {}
     num_truncated: dict[str, int] = {}
     for split, dataset in raw.items():
@@ -129,6 +117,45 @@ def load_data(
         reference = baselines(train_texts, encoded[TRAIN]["labels"], validation_texts, encoded["validation"]["labels"])
     train = encoded.pop(TRAIN)
     return Data(spec, train, encoded, names or (), num_truncated, reference)
+
+
+def read_splits(
+    task: str,
+    path: str | None,
+    columns: tuple[str | None, str | None, str | None],
+    labels: Sequence[str] | None,
+    validation_share: float,
+    seed: int,
+) -> tuple[Task, dict[str, datasets.Dataset], tuple[str, ...] | None]:
+    """The task with its columns, the rows of each split but test, and the labels' names (None for numbers).
+
+    Args:
+        task: As for :func:`load_data`, like the others.
+        path: Of the data.
+        columns: Of text, second text and label.
+        labels: Names.
+        validation_share: Held out.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: Anything in the arguments or the data that the user can mend.
+        FileNotFoundError: There is no such file, folder or train split.
+        ConnectionError: The hub cannot be reached.
+    """
+    if task not in TASKS:
+        raise ValueError(f"data.task={task!r} is not known{did_you_mean(task, TASKS)}; known are {', '.join(TASKS)}")
+    known, (text, pair, label) = TASKS[task], columns
+    spec = replace(
+        known,
+        text_column=text or known.text_column,
+        text_pair_column=pair or known.text_pair_column,
+        label_column=label or known.label_column,
+    )
+    raw = load_splits(path, spec, label_column=spec.label_column, validation_share=validation_share, seed=seed)
+    raw.pop(TEST, None)
+    for split, dataset in raw.items():
+        _check_columns(dataset, spec, split)
+    return spec, raw, None if spec.kind == "regression" else _find_labels(labels, spec, path, raw[TRAIN])
 
 
 def _check_columns(dataset: datasets.Dataset, task: Task, split: str) -> None:

@@ -161,6 +161,8 @@ def read_recording(path: Path) -> Recording:
                 f"{path}: there are several runs: {', '.join(found.parent.name for found in below)}; name one"
             )
         path = below[0].parent
+    if not path.is_dir():
+        raise ConfigError(f"{path}: there is no such folder")
     for file, what in (("config.yaml", "it is no run folder"), ("result.json", "the run has not finished")):
         if not (path / file).is_file():
             raise ConfigError(f"{path}: there is no {file}: {what}")

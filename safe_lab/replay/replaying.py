@@ -16,6 +16,13 @@ from safe_lab.replay.recording import Recording, read_recording
 from safe_lab.run_folder import changed_keys
 from safe_lab.section import ConfigError, override_all
 
+# What the level of a policy rises to.
+_LEVELS = {
+    "threshold": "freezing.final_threshold",
+    "share": "freezing.final_share",
+    "importance": "freezing.final_importance",
+}
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -35,6 +42,16 @@ class Replay:
     forecast: Mapping[str, float]
     no_forecast: str = ""
 
+    @property
+    def without_effect(self) -> list[str]:
+        """Keys that were changed, and that the policy does not ask for."""
+        policy = POLICIES[self.config.freezing.policy]
+        asked = policy.level if policy.level in _LEVELS else None
+        idle = {key for level, key in _LEVELS.items() if level != asked}
+        if not policy.uses_scores:
+            idle |= {"freezing.normalize", "freezing.metric"}
+        return sorted(idle & changed_keys(self.recording.config, self.config).keys())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; units by name."""
         names = self.recording.units
@@ -53,6 +70,7 @@ class Replay:
                 }
                 for t, moment in enumerate(self.history.moments, start=1)
             ],
+            "without_effect": self.without_effect,
             "stale_share": self.history.stale_share,
             "forecast": dict(self.forecast),
             "no_forecast": self.no_forecast or None,

@@ -20,6 +20,9 @@ def print_tables(replayed: Replay, comparisons: Sequence[Comparison], console: C
     recording = replayed.recording
     changes = differences(recording.config, replayed.config)
     _say(console, f"{recording.path}: " + ("; ".join(changes) if changes else "its own schedule"))
+    if replayed.without_effect:
+        policy = replayed.config.freezing.policy
+        _say(console, f"without effect, as policy {policy} does not ask for it: {', '.join(replayed.without_effect)}")
     console.print(_timeline(replayed))
     if replayed.history.stale_share:
         _say(

@@ -19,7 +19,7 @@ from optuna.study import Study
 from safe_lab import yaml_core
 from safe_lab.run_folder import RunFolder
 from safe_lab.section import ConfigError
-from safe_lab.sweep.roster import ROOT, TICKET, VOID
+from safe_lab.sweep.roster import KNOWN, ROOT, TICKET, VOID
 from safe_lab.sweep.storage import hide_password
 from safe_lab.sweep.study_file import StudyFile
 
@@ -55,7 +55,7 @@ def join(study_file: StudyFile, storage: BaseStorage, address: str) -> Study:
     if found:
         raise ConfigError(
             f"{shown} holds a study {settings.name!r} of another definition, and its trials would not be comparable; "
-            "give this one another name\n" + "\n".join(found)
+            f"give this one another name, or remove it there and {study_file.folder} to begin anew\n" + "\n".join(found)
         )
     _claim_folder(study_file, study, shown)
     _enqueue(study_file, study)
@@ -122,7 +122,7 @@ def _enqueue(study_file: StudyFile, study: Study) -> None:
         seen[text] += 1
         ticket = f"point {text}, {seen[text]}"
         if ticket not in there:
-            study.enqueue_trial(point, user_attrs={TICKET: ticket})
+            study.enqueue_trial(point, user_attrs={TICKET: ticket, KNOWN: True})
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
@@ -130,4 +130,8 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
         for name in dict.fromkeys([*old, *new]):
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
     elif old != new:
-        yield f"{key}: {json.dumps(old)} there, {json.dumps(new)} here"
+        yield f"{key}: {_plain(old)} there, {_plain(new)} here"
+
+
+def _plain(value: Any) -> str:
+    return "nothing" if value is None else yaml_core.write(value, flow=True).removesuffix("...\n").strip()

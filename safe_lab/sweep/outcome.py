@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +85,14 @@ class Outcome:
         )
 
     @property
+    def known_points(self) -> list[FrozenTrial]:
+        """Complete trials of points that the study file names."""
+        complete = self.roster.of_state(TrialState.COMPLETE)
+        return [
+            trial for trial in complete if stored.KNOWN in trial.user_attrs and stored.SAME_AS not in trial.user_attrs
+        ]
+
+    @property
     def all_failed(self) -> bool:
         """Whether trials have ended, and every one of them without a result."""
         finished = self.roster.finished
@@ -143,6 +152,7 @@ class Outcome:
                 for constraint in self.study_file.constraints
             },
             "same_as": attributes.get(stored.SAME_AS),
+            "killed": attributes.get(stored.KILLED, 0),
             "forecast_from": attributes.get(stored.FORECAST_FROM) or None,
             "no_forecast": attributes.get(stored.NO_FORECAST) or None,
             "settings": self.values_of(trial),
@@ -179,6 +189,16 @@ class Outcome:
             "folder": str(self.study_file.config_of(root_of(trial), {}, 0).run_folder.parent),
         }
 
+    def _say_threads(self, trial: FrozenTrial) -> str:
+        """With how many threads a trial was trained, by which its last bits hang."""
+        folder = self.study_file.folder_of(root_of(trial))
+        try:
+            found = json.loads((folder / f"seed-{self.study_file.settings.seeds[0]}" / "environment.json").read_text())
+            return f"# It was trained with OMP_NUM_THREADS={found['threads']}; with another number the last bits may differ.\n"
+        except (OSError, ValueError, KeyError, TypeError):
+            # It was trained on another machine.
+            return ""
+
     def export(self, folder: Path) -> list[Path]:
         """Write each point of the front as a YAML file that trains it again, to the same bits on the same machine.
 
@@ -196,7 +216,7 @@ class Outcome:
             file = f"trial-{root_of(trial):04d}.yaml"
             files.write(
                 file,
-                f"{head}{root_of(trial)}: {found}{of}.\n" + configuration.dump(config),
+                f"{head}{root_of(trial)}: {found}{of}.\n{self._say_threads(trial)}" + configuration.dump(config),
             )
             written.append(folder / file)
         # Those of an earlier export that have been beaten since.
@@ -223,15 +243,25 @@ def print_tables(outcome: Outcome, console: Console) -> None:
     for name, direction in objectives.items():
         group, _, figure = name.rpartition("/")
         table.add_column("\n".join(filter(None, (group, escape(figure), f"({direction})"))), justify="right")
+    bounds = [one for one in outcome.study_file.constraints if one.figure not in objectives]
+    for constraint in bounds:
+        group, _, figure = constraint.figure.rpartition("/")
+        table.add_column(
+            "\n".join(filter(None, (group, escape(figure), f"({constraint.describe_bound()})"))), justify="right"
+        )
     keys = [parameter.key for parameter in outcome.study_file.space.parameters]
     # The name of a section that all keys are of is said once.
     sections = {key.partition(".")[0] for key in keys}
     section = f"{sections.pop()}." if len(sections) == 1 else ""
     table.add_column(f"settings ({section}...)" if section else "settings", ratio=1)
-    for trial in outcome.front:
-        values = outcome.values_of(trial)
+    on_front = {trial.number for trial in outcome.front}
+    beside = [trial for trial in outcome.known_points if trial.number not in on_front]
+    for trial in [*outcome.front, *beside]:
+        values, found = outcome.values_of(trial), outcome.constrained(trial)
         settings = ", ".join(f"{key.removeprefix(section)} {_plain(value)}" for key, value in values.items())
-        table.add_row(str(root_of(trial)), *_numbers(trial, objectives), settings)
+        kept = [format_figure(one.figure, found[one]) for one in bounds]
+        number, style = (f"{root_of(trial)}", None) if trial.number in on_front else (f"{root_of(trial)}, known", "dim")
+        table.add_row(number, *_numbers(trial, objectives), *kept, settings, style=style)
     if outcome.front:
         console.print(table)
     elif outcome.roster.finished:
@@ -239,11 +269,14 @@ def print_tables(outcome: Outcome, console: Console) -> None:
     for name, shares in outcome.importance.items():
         if shares:
             listed = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= _SHOWN)
-            console.print(f"a good {name} hangs on {listed}", markup=False, highlight=False)
+            told = len(outcome.roster.of_state(TrialState.COMPLETE))
+            console.print(
+                f"a good {name} hangs on (as far as {told} trials tell) {listed}", markup=False, highlight=False
+            )
     counts = outcome.to_dict()
     line = f"{counts['complete']} complete, {counts['pruned']} pruned, {counts['failed']} failed"
     if counts["taken_up"]:
-        line += f", {counts['taken_up']} taken up from a worker that died"
+        line += f", {counts['taken_up']} taken up from a worker that was gone"
     if counts["open"]:
         line += f", {counts['open']} not ended"
     again = sum(trial["same_as"] is not None for trial in counts["trials"])
@@ -266,9 +299,7 @@ def print_tables(outcome: Outcome, console: Console) -> None:
     if broken:
         console.print(f"trained, and a constraint is broken: {broken} of the complete", highlight=False)
     for number, reason in counts["failures"].items():
-        console.print(
-            f"trial {number} failed: {reason.splitlines()[0] if reason else ''}", markup=False, highlight=False
-        )
+        console.print(f"trial {number} failed: {' '.join(reason.splitlines()[:2])}", markup=False, highlight=False)
 
 
 def _print_nearest(outcome: Outcome, console: Console) -> None:
@@ -276,7 +307,9 @@ def _print_nearest(outcome: Outcome, console: Console) -> None:
     if not outcome.study_file.constraints:
         console.print(f"{name}: no trial is complete", highlight=False)
         return
-    console.print(f"{name}: no trial that was trained keeps the constraints", highlight=False)
+    trained = outcome.roster.of_state(TrialState.COMPLETE)
+    said = "no trial that was trained keeps the constraints" if trained else "no trial is complete"
+    console.print(f"{name}: {said}", highlight=False)
     if nearest is None:
         return
     figures = ", ".join(

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 Target = Callable[[FrozenTrial], float]
 # Fewer say nothing of what matters.
-_FEWEST_TRIALS = 4
+_FEWEST_TRIALS = 8
 # Share of the trials that count as good ones.
 _GOOD = 0.25
 
@@ -32,7 +32,7 @@ def measure_importance(study: Study, objectives: Mapping[str, str]) -> dict[str,
 
     By PED-ANOVA (Watanabe, Bansal and Hutter, IJCAI 2023), as Optuna does it: how far the better quarter of the trials is from
     all of them along each key, keys under a condition among them. Empty for an objective that did not vary, or with fewer
-    than four complete trials.
+    than eight complete trials.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     found: dict[str, dict[str, float]] = {}

@@ -9,14 +9,18 @@ another, everything hangs on what is stored with the trials:
 ``ticket``
     What a trial stands for that must be there once: a known point, or the taking up of trial n. Two workers may add the same one
     at the same moment; the one with the lower number counts, and the other is void.
+``known``
+    Its point is one that the study file names.
 ``root``
     Number of the first trial of its entry, after which the run folders are named.
 ``deaths``, ``reached``
     How many workers have died of the entry since it last came further, and how far it had come when this trial began.
+``killed``
+    How often its training was ended by a signal, and begun again from its checkpoint.
 ``same_as``
     Root of the trial whose point it came to again, and whose figures it was therefore given.
 ``void``
-    It was never begun, as it was one too many.
+    It was never begun: it was one too many, or came to a point that had been tried, and another was drawn instead.
 """
 
 from __future__ import annotations
@@ -40,6 +44,8 @@ DEATHS = "deaths"
 REACHED = "reached"
 BEAT = "beat"
 FAILURE = "failure"
+KNOWN = "known"
+KILLED = "killed"
 SPREAD = "spread"
 BY_SEED = "by_seed"
 SAME_AS = "same_as"
@@ -116,9 +122,21 @@ class Roster:
         return sum(is_cut_off(trial) for trial in self.trials) - len(self.cut_off)
 
     def find_same(self, params: Mapping[str, object]) -> FrozenTrial | None:
-        """A complete trial that was trained at a point, if there is one."""
-        complete = self.of_state(TrialState.COMPLETE)
-        return next((trial for trial in complete if trial.params == params and SAME_AS not in trial.user_attrs), None)
+        """A trial that was trained or turned away at a point, if there is one."""
+        for trial in self.finished:
+            has_told = trial.state == TrialState.COMPLETE or TURNED_AWAY in trial.user_attrs
+            if has_told and trial.params == params and SAME_AS not in trial.user_attrs:
+                return trial
+        return None
+
+    def num_redrawn_before(self, number: int) -> int:
+        """How many trials were drawn in vain, one after the other, right before one."""
+        count = 0
+        for trial in reversed(self.trials[:number]):
+            if VOID not in trial.user_attrs or SAME_AS not in trial.user_attrs:
+                break
+            count += 1
+        return count
 
     def forecast_errors(self, constraint: Constraint) -> list[float]:
         """How far forecasts of a constraint's figure were off where the trial was trained all the same: forecast / truth - 1."""
@@ -162,5 +180,6 @@ def take_up(trial: FrozenTrial) -> FrozenTrial:
         ROOT: root_of(trial),
         DEATHS: trial.user_attrs.get(DEATHS, 0) + 1,
         REACHED: trial.user_attrs.get(REACHED),
+        **({KNOWN: True} if KNOWN in trial.user_attrs else {}),
     }
     return create_trial(state=TrialState.WAITING, system_attrs=attributes, user_attrs=tickets)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from safe_lab import config as configuration
-from safe_lab.config import Config, Count, Positive, Share
+from safe_lab.config import Config, Count, Positive, Seeds, Share
 from safe_lab.figures import FORECAST, check_figure, format_figure, parse_amount
 from safe_lab.section import ConfigError, Section, check, override_all, override_copy, read_tree
 from safe_lab.sweep.space import Parameter, ParameterSection, Space
@@ -92,9 +91,7 @@ class StudySection(Section):
     timeout: Positive | None = Field(
         None, description="seconds after which a worker begins no more trials; null: no limit"
     )
-    seeds: tuple[Annotated[int, Field(strict=True, ge=0, lt=2**32)], ...] = Field(
-        (0,), min_length=1, description="each trial trains with every one of them; objectives are means over them"
-    )
+    seeds: Seeds = Field((0,), description="each trial trains with every one of them; objectives are means over them")
     enqueue: tuple[dict[str, Any], ...] = Field(
         (), description="points that are tried first: dotted key of the space -> value; what is left out is drawn"
     )
@@ -109,20 +106,6 @@ class StudySection(Section):
     def _plain_folder_name(cls, name: str) -> str:
         # With room for what is made of it: <name>-front.
         return configuration.plain_folder_name(f"{name}-front").removesuffix("-front")
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _several(cls, seeds: Any) -> Any:
-        if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
-            return tuple(range(seeds))
-        return seeds
-
-    @field_validator("seeds")
-    @classmethod
-    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise PydanticCustomError("option", "a seed stands twice")
-        return seeds
 
 
 @dataclass(frozen=True)
@@ -241,14 +224,18 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, num_trials: int | N
     base = copy.deepcopy(settings.base) if isinstance(settings.base, dict) else read_tree(path.parent / settings.base)
     base = override_copy(base, settings.settings)
     faults = override_all(base, overrides)
+    faults += [
+        f"{text}: the space says what {key} is"
+        for text in overrides
+        if (key := text.partition("=")[0]) in settings.space
+    ]
     base["name"] = settings.name
     return _check(settings.model_copy(update={"base": base, "settings": {}}), faults)
 
 
 def _check(settings: StudySection, faults: list[str]) -> StudyFile:
     assert isinstance(settings.base, dict)
-    in_base = configuration.find_faults(settings.base)
-    faults += [f"base.{fault}" for fault in in_base]
+    faults += [f"base or settings: {fault}" for fault in configuration.find_faults(settings.base)]
     if faults:
         raise ConfigError("\n".join(faults))
     config = configuration.build(settings.base)
@@ -420,7 +407,7 @@ def _parse_constraint(text: str, config: Config) -> Constraint:
     figure, relation, bound = match.groups()
     check_figure(figure, config)
     try:
-        amount = parse_amount(bound)
+        amount = parse_amount(figure, bound)
     except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from None
     return Constraint(text.strip(), figure, amount, 1 if relation == "<=" else -1)

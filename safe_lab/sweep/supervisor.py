@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -17,10 +16,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from safe_lab import yaml_core
-from safe_lab.child import num_threads, started, why_ended
+from safe_lab.child import started, why_ended
 from safe_lab.figures import format_figure
 from safe_lab.run_folder import RunFolder
-from safe_lab.section import ConfigError
 from safe_lab.sweep import roster as stored
 from safe_lab.sweep.roster import Roster, root_of
 from safe_lab.sweep.study_file import StudyFile
@@ -30,32 +28,6 @@ STORAGE_VARIABLE = "SAFE_LAB_SWEEP_STORAGE"
 _MOST_DEATHS = 5
 _SOON_SECONDS = 60.0
 _POLL_SECONDS = 0.5
-
-
-def find_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """GPUs that may be used here, as CUDA_VISIBLE_DEVICES names them."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    # Below a GPU that is divided its parts are listed too.
-    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
-    return [str(i) for i in range(len(gpus))]
-
-
-def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
-    """What each worker's processes are told: one GPU, or its share of the cores.
-
-    Raises:
-        ConfigError: There are GPUs, and not one for each worker.
-    """
-    if gpus and workers > len(gpus):
-        raise ConfigError(f"--workers {workers}: there are {len(gpus)} GPUs, and each worker needs one of its own")
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    share = {} if "OMP_NUM_THREADS" in os.environ or workers == 1 else num_threads(threads)
-    return [share | ({"CUDA_VISIBLE_DEVICES": gpus[i]} if gpus else {}) for i in range(workers)]
 
 
 @dataclass
@@ -164,17 +136,20 @@ class Supervisor:
             begun = "begins" if root_of(trial) == trial.number else "goes on"
             return f"{name} {begun}: {drawn}"
         if stored.is_cut_off(trial):
-            return f"{name}: its worker has died; it is taken up again"
+            return f"{name}: its worker is gone; it is taken up again"
         if trial.state == TrialState.COMPLETE:
             same = trial.user_attrs.get(stored.SAME_AS)
             if same is not None:
                 return f"{name} ({done}): the same point as trial {same}, and not trained again"
             named = zip(self.study_file.objectives, trial.values, strict=True)
             reason = trial.user_attrs.get(stored.NO_FORECAST)
+            times = trial.user_attrs.get(stored.KILLED)
+            killed = f" (killed and gone on with: {times})" if times else ""
             untold = f" (not forecast: {' '.join(reason.splitlines()[:1])})" if reason else ""
             return (
                 f"{name} ({done}): "
                 + ", ".join(f"{figure} {format_figure(figure, value)}" for figure, value in named)
+                + killed
                 + untold
             )
         if trial.state == TrialState.PRUNED:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_lab import run_folder
+from safe_lab.hardware import environments, find_gpus
 from safe_lab.run_folder import RunFolder, to_json
 from safe_lab.section import ConfigError
 from safe_lab.sweep.joining import alone, join, read_identity
@@ -17,7 +18,8 @@ from safe_lab.sweep.pictures import draw, measure_importance
 from safe_lab.sweep.roster import Roster
 from safe_lab.sweep.storage import default_address, default_path, open_storage, takes_one_worker
 from safe_lab.sweep.study_file import StudyFile
-from safe_lab.sweep.supervisor import Supervisor, environments, find_gpus
+from safe_lab.sweep.supervisor import Supervisor
+from safe_lab.trainings import check_data
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ def run(
             f"--workers {workers}: SQLite is for one worker; a study that begins with several is kept in a journal, into which "
             "optuna.copy_study brings one that has begun"
         )
+    if not any(study_file.folder.glob("trial-*/seed-*/result.json")):
+        check_data(study_file.config_of(0, {}, study_file.settings.seeds[0]))
     try:
         study_file.folder.mkdir(parents=True, exist_ok=True)
         if export is not None:

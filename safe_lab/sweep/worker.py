@@ -28,8 +28,8 @@ from safe_lab.section import ConfigError
 from safe_lab.sweep import roster as stored
 from safe_lab.sweep.owner import Watch, describe_owner
 from safe_lab.sweep.roster import Roster, root_of, take_up
-from safe_lab.sweep.runs import Ended, Evaluation, remove_leftovers, train
 from safe_lab.sweep.study_file import StudyFile
+from safe_lab.trainings import Ended, Evaluation, remove_leftovers, train
 
 if TYPE_CHECKING:
     from safe_lab.sweep.prefilter import Prefilter
@@ -40,6 +40,8 @@ _IDLE_SECONDS = 1.0
 _FAILURE_LENGTH = 1500
 # Workers that may die of one trial without it coming further: what kills them each time will do so again.
 _MOST_DEATHS = 10
+# Trials drawn one after the other at points that were tried, after which the sampler is taken to have no other to offer.
+_MOST_REDRAWN = 10
 
 
 @dataclass
@@ -115,11 +117,7 @@ class Worker:
         trial.set_user_attr(stored.OWNER, describe_owner())
         self._beat_at = -math.inf
         values = self.study_file.space.suggest(trial)
-        same = self.read_roster().find_same(trial.params)
-        if same is not None:
-            # Trained again with the same seeds, it would come to the same.
-            trial.set_user_attr(stored.SAME_AS, root_of(same))
-            self._complete(trial, same.user_attrs[stored.BY_SEED])
+        if self._is_spared(trial):
             return
         deaths = self._count_deaths(trial, number)
         if deaths >= _MOST_DEATHS:
@@ -127,6 +125,30 @@ class Worker:
             self._tell(trial, [Ended("failed", {}, reason)])
             return
         self._tell(trial, self._train(trial, number, values))
+
+    def _is_spared(self, trial: Trial) -> bool:
+        """Whether a trial came to a point that was tried before: with the same seeds it would come to the same again.
+
+        Another is drawn instead, unless the sampler has no other to offer; then it takes that one's figures.
+        """
+        roster = self.read_roster()
+        same = roster.find_same(trial.params)
+        if same is None:
+            return False
+        trial.set_user_attr(stored.SAME_AS, root_of(same))
+        is_drawn = stored.TICKET not in trial.user_attrs
+        if is_drawn and roster.num_redrawn_before(trial.number) < _MOST_REDRAWN:
+            trial.set_user_attr(stored.VOID, True)
+            self._end(trial, TrialState.FAIL)
+        elif same.state == TrialState.COMPLETE:
+            self._complete(trial, same.user_attrs[stored.BY_SEED])
+        else:
+            for text, excess in same.constraints.items():
+                trial.set_constraint(text, excess)
+            for key in (stored.FORECAST, stored.FORECAST_FROM, stored.TURNED_AWAY):
+                trial.set_user_attr(key, same.user_attrs.get(key))
+            self._end(trial, TrialState.PRUNED)
+        return True
 
     def _count_deaths(self, trial: Trial, number: int) -> int:
         """How many workers have died of a trial since it last came further."""
@@ -158,6 +180,8 @@ class Worker:
             if ended.how == "finished":
                 ended = self._check_figures(ended)
             runs.append(ended)
+            if ended.deaths:
+                trial.set_user_attr(stored.KILLED, trial.user_attrs.get(stored.KILLED, 0) + ended.deaths)
             if not settings.keep_checkpoints:
                 self._live(trial)
                 remove_leftovers(config.run_folder)

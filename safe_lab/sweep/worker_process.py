@@ -21,10 +21,11 @@ def main(arguments: Sequence[str]) -> int:
     """Work; returns the exit code."""
     study_path, num_trials, deadline = arguments
     end_with_parent()
+    from safe_lab.hardware import find_gpus
     from safe_lab.sweep.joining import open_study
     from safe_lab.sweep.storage import open_storage
     from safe_lab.sweep.study_file import load
-    from safe_lab.sweep.supervisor import STORAGE_VARIABLE, find_gpus
+    from safe_lab.sweep.supervisor import STORAGE_VARIABLE
     from safe_lab.sweep.worker import Worker
 
     # Not left for the trainings to see: it may hold a password.

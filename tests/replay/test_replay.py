@@ -201,6 +201,18 @@ def test_a_folder_that_holds_one_run_stands_for_it(folders, tmp_path):
         read_recording(tmp_path)
 
 
+def test_a_setting_that_the_policy_does_not_ask_for_is_told(folders, capsys):
+    assert main(["replay", str(folders["none"]), "freezing.final_threshold=0.4"]) == 0
+    assert "without effect, as policy none does not ask for it: freezing.final_threshold" in capsys.readouterr().out
+    assert "there is no such folder" in refusal(folders["none"] / "nowhere")
+
+
+def refusal(path):
+    with pytest.raises(ConfigError) as told:
+        read_recording(path)
+    return str(told.value)
+
+
 def test_folders_that_are_no_finished_run_or_damaged_are_named(folders, tmp_path):
     with pytest.raises(ConfigError, match=r"there is no config\.yaml"):
         read_recording(tmp_path)

@@ -37,6 +37,30 @@ def test_trials_that_end_by_themselves_are_finished(study):
     assert [trial.number for trial in found.open] == [3]
 
 
+def test_a_point_that_was_tried_is_known_again_and_tries_in_vain_are_counted(study):
+    space = {"x": optuna.distributions.IntDistribution(1, 9)}
+
+    def add(x, state=TrialState.COMPLETE, **attributes):
+        value = 1.0 if state == TrialState.COMPLETE else None
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state, value=value, params={"x": x}, distributions=space, user_attrs=attributes
+            )
+        )
+
+    add(1)
+    add(2, TrialState.FAIL)
+    add(3, TrialState.PRUNED)
+    add(4, TrialState.PRUNED, **{stored.TURNED_AWAY: "too much"})
+    found = [roster(study).find_same({"x": x}) for x in range(1, 6)]
+    assert [trial and trial.number for trial in found] == [0, None, None, 3, None]
+    assert roster(study).num_redrawn_before(4) == 0
+    for _ in range(2):
+        add(1, TrialState.FAIL, **{stored.VOID: True, stored.SAME_AS: 0})
+    assert roster(study).num_redrawn_before(6) == 2
+    assert len(roster(study).entries) == 4
+
+
 def test_a_trial_that_was_cut_off_is_open_until_it_has_been_taken_up_and_ended(study):
     left = cut_off(study, study.ask())
     assert [trial.number for trial in roster(study).cut_off] == [0]

@@ -95,10 +95,10 @@ def test_constraints_are_read_with_their_units(read):
         ({"space": {"training.epochs": ["many"]}}, "space.training.epochs: .*got 'many'"),
         (
             {"base": {"model": {"path": "x"}, "data": {"task": "sst3"}}},
-            "base.data.task: 'sst3' is no task; did you mean sst2?",
+            "base or settings: data.task: 'sst3' is no task; did you mean sst2?",
         ),
         ({"base": "nowhere.yaml"}, "no such file"),
-        ({"settings": {"training.epoch": 3}}, "base.training.epoch: unknown key; did you mean epochs?"),
+        ({"settings": {"training.epoch": 3}}, "base or settings: training.epoch: unknown key; did you mean epochs?"),
         ({"objectives": {}}, "objectives"),
         ({"objectives": one("validation/acuracy")}, "did you mean validation/accuracy?"),
         ({"objectives": one("test/accuracy")}, "'test/accuracy' is of a test split"),

@@ -85,6 +85,20 @@ def test_a_point_that_was_trained_is_not_trained_again(sweep):
     assert [path.name for path in sweep.folder.glob("trial-*")] == ["trial-0000"]
 
 
+def test_another_point_is_drawn_for_one_that_was_tried(sweep):
+    sweep.write(space={"training.batch_size": [4, 8, 16]}, num_trials=3, enqueue=[{"training.batch_size": 8}])
+    found = sweep.run()
+    assert {trial["settings"]["training.batch_size"] for trial in found["trials"]} == {4, 8, 16}
+    assert [trial["same_as"] for trial in found["trials"]] == [None] * 3
+
+
+def test_data_that_are_not_there_are_told_before_the_first_trial(sweep):
+    sweep.tree["base"]["data"] |= {"path": "nowhere.csv"}
+    sweep.write()
+    assert "data: " in sweep.refuse()
+    assert not (sweep.folder / "study.db").exists()
+
+
 def test_means_over_seeds_are_told_with_their_spread(sweep):
     sweep.write(seeds=2, num_trials=1, objectives={"validation/accuracy": "maximize", "validation/loss": "minimize"})
     (point,) = sweep.run()["front"]
@@ -210,7 +224,7 @@ def test_a_worker_that_is_killed_leaves_its_trial_to_the_next(sweep):
     assert sorted(path.name for path in sweep.folder.glob("trial-*")) == ["trial-0000", "trial-0002"]
     check_rows_are_whole(sweep)
     said = sweep.log.read_text()
-    assert "trial 0: its worker has died; it is taken up again" in said
+    assert "trial 0: its worker is gone; it is taken up again" in said
     assert "trial 0 goes on" in said
 
 

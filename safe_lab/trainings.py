@@ -1,15 +1,16 @@
-"""The runs of a trial, each in a process of its own with its own run folder, configuration and log."""
+"""Trainings in processes of their own, each with its run folder, configuration and log: watched, and begun again when killed."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from safe_lab.config import Config
 from safe_lab.nursery import Start
 from safe_lab.run_folder import RunFolder
 from safe_lab.section import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # Deaths by a signal without a newer checkpoint after which a run is given up: what kills it each time will do so again.
 _MOST_DEATHS = 3
@@ -36,11 +39,13 @@ class Ended:
         how: With a result, without one, or because ``watch`` said so.
         result: What result.json holds; empty without one.
         reason: Why there is none.
+        deaths: How often it was ended by a signal, and begun again.
     """
 
     how: Literal["finished", "failed", "stopped"]
     result: Mapping[str, Any]
     reason: str = ""
+    deaths: int = 0
 
 
 def train(
@@ -49,6 +54,7 @@ def train(
     start: Start,
     watch: Callable[[Evaluation], bool],
     tick: Callable[[], None],
+    overwrite: bool = False,
 ) -> Ended:
     """Train in a process of its own, from the newest checkpoint if the run was begun before.
 
@@ -58,26 +64,28 @@ def train(
         config: The run.
         start: Starts the process.
         watch: Called with each row of metrics.jsonl that has an evaluation, once each and in order; True ends the run.
-        tick: Called again and again while the run goes on.
+        tick: Called again and again while the run goes on; what it raises ends the run.
+        overwrite: Remove what the folder holds of another configuration, and begin anew.
 
     Raises:
         OSError: It was the machine's fault: a disk that is full, or gone. The run can go on once that is mended.
     """
     path = config.run_folder
-    deaths, reached = 0, None
+    deaths, reached, all_deaths = 0, None, 0
     path.parent.mkdir(parents=True, exist_ok=True)
     RunFolder(path.parent).write(f"{path.name}.yaml", configuration.dump(config))
     log = path.parent / f"{path.name}.log"
     rows = _Evaluations(path)
     while True:
         _wait_until_free(path, tick)
-        fault = _find_other_run(config)
-        if fault:
+        fault = find_other_run(config)
+        if fault and not overwrite:
             return Ended("failed", {}, fault)
         file = str((path.parent / f"{path.name}.yaml").absolute())
         # A run that was killed after its training is measured from its folder.
-        measures = _lacks_sharpness(config)
-        with start(["sharpness", str(path)] if measures else ["train", file, "--resume", "--quiet"], log) as process:
+        measures = not fault and _lacks_sharpness(config)
+        begin = "--overwrite" if fault else "--resume"
+        with start(["sharpness", str(path)] if measures else ["train", file, begin, "--quiet"], log) as process:
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_SECONDS)
@@ -88,7 +96,7 @@ def train(
         if code == 0 and any(watch(row) for row in rows.read()):
             return Ended("stopped", {})
         if code == 0 and (measures or not _lacks_sharpness(config)):
-            return _read_result(path)
+            return replace(_read_result(path), deaths=all_deaths)
         if code == 0 or (code > 0 and _is_held(path)):
             # To be measured yet, or another was faster to train there.
             deaths = 0
@@ -98,15 +106,46 @@ def train(
         if code > 0:
             return Ended("failed", {}, why_ended(code, log))
         newest = max((entry.name for entry in (path / "checkpoints").glob("step-*")), default=None)
+        all_deaths += 1
+        logger.warning(
+            "%s: %s; it goes on from %s", path, why_ended(code, log).splitlines()[0], newest or "its beginning"
+        )
         deaths, reached = (1 if newest != reached else deaths + 1), newest
         if deaths == _MOST_DEATHS:
             return Ended("failed", {}, f"{why_ended(code, log)}\n{deaths} times without a newer checkpoint")
+
+
+def check_data(config: Config) -> None:
+    """Whether data can be read and have the columns they need, before one training after the other fails by it.
+
+    Raises:
+        ConfigError: They cannot, or have not.
+    """
+    from safe_lab.data import read_splits
+
+    data = config.data
+    columns = (data.text_column, data.text_pair_column, data.label_column)
+    try:
+        read_splits(data.task, data.path, columns, data.labels, data.validation_share, config.seed)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data: {error}") from None
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove what only a run that goes on has use for."""
     for folder in (path / "checkpoints", path / "cache", *path.glob("cache-*")):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_finished(config: Config) -> bool:
+    """Whether a run has ended in its folder, and been measured if it was to be."""
+    try:
+        run_folder.check(config, resume=True, overwrite=False)
+    except run_folder.AlreadyFinishedError:
+        return not _lacks_sharpness(config)
+    except ConfigError:
+        return False
+    return False
 
 
 def _lacks_sharpness(config: Config) -> bool:
@@ -123,7 +162,7 @@ def _read_result(path: Path) -> Ended:
         return Ended("failed", {}, f"{path}: its result cannot be read ({error})")
 
 
-def _find_other_run(config: Config) -> str | None:
+def find_other_run(config: Config) -> str | None:
     """What stands against training in a run folder; an unfinished or finished run of this configuration does not."""
     try:
         run_folder.check(config, resume=True, overwrite=False)
