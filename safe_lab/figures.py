@@ -7,6 +7,7 @@ once, at the very end, and nothing is to be chosen by them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,7 @@ _GROUPS = {
 }
 _KINDS = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporary", "cache")
 _TOP = ("selected_step", "steps", "epochs", "tokens", "frozen_share", "frozen_depth")
+_BYTES = re.compile(r"_bytes$|_by_kind/")
 _FLOPS = re.compile(r"flops(_by_phase/\w+)?$")
 _SECONDS = re.compile(r"(^|[/_])seconds(/\w+)?$")
 _FLOP_UNITS = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15}
@@ -158,7 +160,7 @@ def format_figure(name: str, value: float) -> str:
     >>> format_figure("resources/flops", 2.5e11), format_figure("seconds/training", 61.237)
     ('0.25 TFLOP', '61.24 s')
     """
-    if name.endswith("_bytes"):
+    if _BYTES.search(name):
         return format_bytes(value)
     if _FLOPS.search(name):
         return f"{value / 1e12:.4g} TFLOP"
@@ -174,12 +176,15 @@ def parse_amount(name: str, text: str) -> float:
     >>> parse_amount("frozen_share", "0.25"), parse_amount("resources/flops", "2TFLOP"), parse_amount("seconds/training", "90 s")
     (0.25, 2000000000000.0, 90.0)
     """
-    if name.endswith("_bytes") and not re.fullmatch(r"\s*[\d.]+(e\d+)?\s*", text):
-        return float(parse_bytes(text))
     units = _FLOP_UNITS if _FLOPS.search(name) else _SECOND_UNITS if _SECONDS.search(name) else {}
     unit = next((unit for unit in units if text.rstrip().endswith(unit)), "")
     try:
-        return float(text.rstrip().removesuffix(unit)) * units.get(unit, 1.0)
+        amount = float(text.rstrip().removesuffix(unit)) * units.get(unit, 1.0)
+        if not math.isfinite(amount):
+            raise ValueError
+        return amount
     except ValueError:
+        if _BYTES.search(name):
+            return float(parse_bytes(text))
         known = f" and a unit, {' or '.join(units)}" if units else ""
         raise ValueError(f"{text!r} is no amount of {name}: a number{known} is needed") from None

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,13 +39,11 @@ class Ended:
         how: With a result, without one, or because ``watch`` said so.
         result: What result.json holds; empty without one.
         reason: Why there is none.
-        deaths: How often it was ended by a signal, and begun again.
     """
 
     how: Literal["finished", "failed", "stopped"]
     result: Mapping[str, Any]
     reason: str = ""
-    deaths: int = 0
 
 
 def train(
@@ -54,6 +52,7 @@ def train(
     start: Start,
     watch: Callable[[Evaluation], bool],
     tick: Callable[[], None],
+    died: Callable[[str], None] = lambda _: None,
     overwrite: bool = False,
 ) -> Ended:
     """Train in a process of its own, from the newest checkpoint if the run was begun before.
@@ -65,13 +64,14 @@ def train(
         start: Starts the process.
         watch: Called with each row of metrics.jsonl that has an evaluation, once each and in order; True ends the run.
         tick: Called again and again while the run goes on; what it raises ends the run.
+        died: Called with why, each time that a signal has ended it.
         overwrite: Remove what the folder holds of another configuration, and begin anew.
 
     Raises:
         OSError: It was the machine's fault: a disk that is full, or gone. The run can go on once that is mended.
     """
     path = config.run_folder
-    deaths, reached, all_deaths = 0, None, 0
+    deaths, reached = 0, None
     path.parent.mkdir(parents=True, exist_ok=True)
     RunFolder(path.parent).write(f"{path.name}.yaml", configuration.dump(config))
     log = path.parent / f"{path.name}.log"
@@ -90,13 +90,16 @@ def train(
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_SECONDS)
                 tick()
+                if fault and (fault := find_other_run(config)):
+                    # What lies there yet is not this run's.
+                    continue
                 if any(watch(row) for row in rows.read()):
                     return Ended("stopped", {})
         code = process.returncode
         if code == 0 and any(watch(row) for row in rows.read()):
             return Ended("stopped", {})
         if code == 0 and (measures or not _lacks_sharpness(config)):
-            return replace(_read_result(path), deaths=all_deaths)
+            return _read_result(path)
         if code == 0 or (code > 0 and _is_held(path)):
             # To be measured yet, or another was faster to train there.
             deaths = 0
@@ -106,13 +109,13 @@ def train(
         if code > 0:
             return Ended("failed", {}, why_ended(code, log))
         newest = max((entry.name for entry in (path / "checkpoints").glob("step-*")), default=None)
-        all_deaths += 1
-        logger.warning(
-            "%s: %s; it goes on from %s", path, why_ended(code, log).splitlines()[0], newest or "its beginning"
-        )
+        died(why_ended(code, log).splitlines()[0])
         deaths, reached = (1 if newest != reached else deaths + 1), newest
         if deaths == _MOST_DEATHS:
             return Ended("failed", {}, f"{why_ended(code, log)}\n{deaths} times without a newer checkpoint")
+        logger.warning(
+            "%s: %s; it goes on from %s", path, why_ended(code, log).splitlines()[0], newest or "its beginning"
+        )
 
 
 def check_data(config: Config) -> None:

@@ -37,8 +37,9 @@ LAYERS = [
     {"build"},
     {"saved"},
     {"run"},
-    {"replay", "trainings", "hardware"},
-    {"bench", "sweep"},
+    {"replay", "trainings", "hardware", "statistics"},
+    {"bench", "sweep", "ablation"},
+    {"report"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -63,7 +64,7 @@ ONLY_IN = {
     "optuna": {"sweep"},
     "peft": {"adapters"},
     "matplotlib": {"sharpness"},
-    "plotly": {"sharpness", "sweep"},
+    "plotly": {"sharpness", "sweep", "report"},
 }
 
 

@@ -55,7 +55,12 @@ def test_metrics_are_those_of_the_task(tiny_tree):
 
 def test_an_amount_is_a_number_or_a_size():
     assert [parse_amount("frozen_depth", text) for text in ("1e-3", "2")] == [1e-3, 2.0]
-    assert [parse_amount("resources/memory_peak_bytes", text) for text in ("1.5KiB", "2e9")] == [1536.0, 2e9]
+    assert [parse_amount("resources/memory_peak_bytes", text) for text in ("1.5KiB", "2e9", "1E+09")] == [
+        1536.0,
+        2e9,
+        1e9,
+    ]
+    assert parse_amount("resources/memory_mean_by_kind/activations", "2GiB") == 2 * 1024**3
     assert [parse_amount("resources/flops", text) for text in ("1.5 TFLOP", "2e9")] == [1.5e12, 2e9]
     assert [parse_amount("resources/wall_seconds", text) for text in ("90", "90s", "1.5 min")] == [90.0] * 3
     with pytest.raises(ValueError, match="no unit 'apples'"):

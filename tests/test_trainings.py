@@ -47,11 +47,13 @@ class Ends:
         self.config = config
         self.codes = list(codes)
         self.commands = []
+        self.words = []
 
     @contextmanager
     def start(self, arguments, log):
         command, code = arguments[0], self.codes.pop(0)
         self.commands.append(command)
+        self.words.append(arguments)
         log.write_text("stopped: for a reason\n")
         result = self.config.run_folder / "result.json"
         result.parent.mkdir(exist_ok=True)
@@ -91,3 +93,27 @@ def test_a_fault_of_the_machine_fails_no_run(measured):
     with pytest.raises(OSError, match="for a reason"):
         ends.train()
     assert Ends(measured, 1).train().how == "failed"
+
+
+def test_each_death_is_told(measured):
+    told = []
+    ends = Ends(measured, -9, -15, 0, 0)
+    train(measured, start=ends.start, watch=lambda row: False, tick=lambda: None, died=told.append)
+    assert [line.partition(" (")[0] for line in told] == ["ended by SIGKILL", "ended by SIGTERM"]
+
+
+def test_another_configurations_run_is_removed_only_if_that_is_asked_for(measured):
+    folder = measured.run_folder
+    folder.mkdir(parents=True)
+    other = measured.model_copy(update={"training": measured.training.model_copy(update={"epochs": 9})})
+    (folder / "config.yaml").write_text(configuration.dump(other))
+    (folder / "metrics.jsonl").write_text(row(900, **{"validation/accuracy": 0.9}))
+    assert "epochs" in Ends(measured, 0).train().reason
+    ends, seen = Ends(measured, 0, 0), []
+
+    def watch(evaluation):
+        seen.append(evaluation)
+        return False
+
+    ended = train(measured, start=ends.start, watch=watch, tick=lambda: None, overwrite=True)
+    assert (ended.how, ends.words[0][-2:]) == ("finished", ["--overwrite", "--quiet"])

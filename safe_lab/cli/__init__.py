@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from safe_lab.cli.ablate import ablate
 from safe_lab.cli.bench import bench
 from safe_lab.cli.plan import plan
 from safe_lab.cli.replay import replay
+from safe_lab.cli.report import report
 from safe_lab.cli.sharpness import sharpness
 from safe_lab.cli.sweep import sweep
 from safe_lab.cli.train import train
@@ -68,10 +70,12 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "train": Command("tune a model as a YAML file says (train --help lists every field)", train),
         "plan": Command("predict memory, FLOPs and sizes of a run at every frozen depth, without weights", plan),
         "sharpness": Command("measure how sharp the minimum is that finished runs have found", sharpness),
+        "ablate": Command("train variants with several seeds, and say what differs and whether that is real", ablate),
         "sweep": Command("search over freezing schedules with Optuna, on one core or many machines", sweep),
         "replay": Command(
             "tell from a finished run what another schedule would have frozen when, and its costs", replay
         ),
+        "report": Command("write what runs or an experiment came to, as one page to read or as a table", report),
         "bench": Command("measure transformers.Trainer and safe_lab side by side", bench),
     }
 )

@@ -62,6 +62,11 @@ def join(study_file: StudyFile, storage: BaseStorage, address: str) -> Study:
     return study
 
 
+def exists(study_file: StudyFile, storage: BaseStorage) -> bool:
+    """Whether a storage has a study of this name."""
+    return study_file.settings.name in optuna.get_all_study_names(storage)
+
+
 def open_study(study_file: StudyFile, storage: BaseStorage) -> Study:
     """The study of a worker, to which it has been joined before."""
     return optuna.load_study(

@@ -58,7 +58,11 @@ class Outcome:
             for trial, losses in solutions
             if not any(_dominates(other, losses) for _, other in solutions)
         ]
-        front = [trial for trial, _ in sorted(found, key=lambda entry: (entry[1], root_of(entry[0])))]
+        in_order = [trial for trial, _ in sorted(found, key=lambda entry: (entry[1], root_of(entry[0])))]
+        # Two workers may have trained one point at a time.
+        front = [
+            trial for i, trial in enumerate(in_order) if all(trial.params != other.params for other in in_order[:i])
+        ]
         return front[:1] if len(signs) == 1 else front
 
     @cached_property
@@ -86,11 +90,11 @@ class Outcome:
 
     @property
     def known_points(self) -> list[FrozenTrial]:
-        """Complete trials of points that the study file names."""
+        """Complete trials of points that the study file names, or those that had been trained there before."""
         complete = self.roster.of_state(TrialState.COMPLETE)
-        return [
-            trial for trial in complete if stored.KNOWN in trial.user_attrs and stored.SAME_AS not in trial.user_attrs
-        ]
+        named = [trial for trial in complete if stored.KNOWN in trial.user_attrs]
+        roots = {trial.user_attrs.get(stored.SAME_AS, root_of(trial)) for trial in named}
+        return [trial for trial in complete if root_of(trial) in roots and stored.SAME_AS not in trial.user_attrs]
 
     @property
     def all_failed(self) -> bool:
@@ -262,14 +266,20 @@ def print_tables(outcome: Outcome, console: Console) -> None:
         kept = [format_figure(one.figure, found[one]) for one in bounds]
         number, style = (f"{root_of(trial)}", None) if trial.number in on_front else (f"{root_of(trial)}, known", "dim")
         table.add_row(number, *_numbers(trial, objectives), *kept, settings, style=style)
-    if outcome.front:
+    if outcome.front or beside:
         console.print(table)
-    elif outcome.roster.finished:
+    if not outcome.front and outcome.roster.finished:
         _print_nearest(outcome, console)
     for name, shares in outcome.importance.items():
         if shares:
             listed = ", ".join(f"{key} {share:.0%}" for key, share in shares.items() if share >= _SHOWN)
-            told = len(outcome.roster.of_state(TrialState.COMPLETE))
+            told = len(
+                [
+                    trial
+                    for trial in outcome.roster.of_state(TrialState.COMPLETE)
+                    if stored.SAME_AS not in trial.user_attrs
+                ]
+            )
             console.print(
                 f"a good {name} hangs on (as far as {told} trials tell) {listed}", markup=False, highlight=False
             )

@@ -13,6 +13,7 @@ import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from safe_lab.sweep.roster import SAME_AS
 from safe_lab.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -34,7 +35,14 @@ def measure_importance(study: Study, objectives: Mapping[str, str]) -> dict[str,
     all of them along each key, keys under a condition among them. Empty for an objective that did not vary, or with fewer
     than eight complete trials.
     """
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        # Copies of others are no evidence.
+        if SAME_AS not in trial.user_attrs
+    ]
+    study = optuna.create_study(directions=study.directions)
+    study.add_trials(complete)
     found: dict[str, dict[str, float]] = {}
     for place, name in enumerate(objectives):
         values = {trial.values[place] for trial in complete}

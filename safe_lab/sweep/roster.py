@@ -25,6 +25,7 @@ another, everything hangs on what is stored with the trials:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,9 @@ FORECAST = "forecast"
 FORECAST_FROM = "forecast_from"
 NO_FORECAST = "no_forecast"
 TURNED_AWAY = "turned_away"
+
+# What a trial that takes up another has of it.
+_GO_ON = (KNOWN, KILLED, FORECAST, FORECAST_FROM, NO_FORECAST)
 
 
 @dataclass(frozen=True)
@@ -121,32 +125,32 @@ class Roster:
         """How often a trial was cut off and taken up."""
         return sum(is_cut_off(trial) for trial in self.trials) - len(self.cut_off)
 
-    def find_same(self, params: Mapping[str, object]) -> FrozenTrial | None:
-        """A trial that was trained or turned away at a point, if there is one."""
-        for trial in self.finished:
-            has_told = trial.state == TrialState.COMPLETE or TURNED_AWAY in trial.user_attrs
-            if has_told and trial.params == params and SAME_AS not in trial.user_attrs:
-                return trial
-        return None
+    @property
+    def void_and_running(self) -> list[FrozenTrial]:
+        """Trials that nobody counts, and that their workers may have died of ending."""
+        return [trial for trial in self.trials if VOID in trial.user_attrs and trial.state == TrialState.RUNNING]
 
-    def num_redrawn_before(self, number: int) -> int:
-        """How many trials were drawn in vain, one after the other, right before one."""
-        count = 0
-        for trial in reversed(self.trials[:number]):
-            if VOID not in trial.user_attrs or SAME_AS not in trial.user_attrs:
-                break
-            count += 1
-        return count
+    def find_same(self, params: Mapping[str, object], number: int) -> FrozenTrial | None:
+        """A trial at the point of trial ``number`` that was trained, was turned away, or began before it; if there is one."""
+        there = [trial for trial in self.entries.values() if trial.params == params and SAME_AS not in trial.user_attrs]
+        trained = [trial for trial in there if trial.state == TrialState.COMPLETE]
+        tried = [trial for trial in there if TURNED_AWAY in trial.user_attrs and trial.state == TrialState.PRUNED]
+        begun = [trial for trial in there if trial.state == TrialState.RUNNING and trial.number < number]
+        return next(iter([*trained, *tried, *begun]), None)
 
     def forecast_errors(self, constraint: Constraint) -> list[float]:
-        """How far forecasts of a constraint's figure were off where the trial was trained all the same: forecast / truth - 1."""
+        """How far forecasts of a constraint's figure were off where the trial was trained all the same: forecast / truth - 1.
+
+        Infinite where the truth was 0 and the forecast was not.
+        """
         errors = []
         for trial in self.of_state(TrialState.COMPLETE):
             forecast = trial.user_attrs.get(FORECAST, {}).get(constraint.text)
             # Forecasts are of the first seed.
-            truth = trial.user_attrs.get(BY_SEED, {}).get(constraint.figure, [0.0])[0]
-            if forecast is not None and truth:
-                errors.append(forecast / truth - 1)
+            found = trial.user_attrs.get(BY_SEED, {}).get(constraint.figure)
+            if forecast is not None and found and SAME_AS not in trial.user_attrs:
+                truth = found[0]
+                errors.append(forecast / truth - 1 if truth else 0.0 if forecast == truth else math.inf)
         return errors
 
     def is_one_too_many(self, number: int) -> bool:
@@ -180,6 +184,6 @@ def take_up(trial: FrozenTrial) -> FrozenTrial:
         ROOT: root_of(trial),
         DEATHS: trial.user_attrs.get(DEATHS, 0) + 1,
         REACHED: trial.user_attrs.get(REACHED),
-        **({KNOWN: True} if KNOWN in trial.user_attrs else {}),
+        **{key: trial.user_attrs[key] for key in _GO_ON if key in trial.user_attrs},
     }
     return create_trial(state=TrialState.WAITING, system_attrs=attributes, user_attrs=tickets)

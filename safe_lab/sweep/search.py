@@ -101,11 +101,18 @@ class SamplerOfStudy(BaseSampler):
         if name == "grid":
             self._arguments["search_space"] = _grid(space)
         self._inner = self._make(seed)
+        self._space = space
+        # Grid points that differ in what is asked for, by their place in Optuna's list.
+        self._grid_points: dict[frozenset[tuple[str, Any]], int] = {}
+        if isinstance(self._inner, optuna.samplers.GridSampler):
+            for i, point in enumerate(self._inner._all_grids):
+                named = dict(zip(self._inner._param_names, point, strict=True))
+                self._grid_points.setdefault(self._identify(named), i)
 
     @property
     def num_grid_points(self) -> int | None:
         """How many trials there can be, if there is an end to them."""
-        return len(self._inner._all_grids) if isinstance(self._inner, optuna.samplers.GridSampler) else None
+        return len(self._grid_points) or None
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Take up the generator of this trial."""
@@ -148,13 +155,17 @@ class SamplerOfStudy(BaseSampler):
             if ROOT in other.user_attrs or VOID in other.user_attrs:
                 continue
             if "fixed_params" in other.system_attrs:
-                known.add(tuple(other.system_attrs["fixed_params"].get(name) for name in grid._param_names))
+                known.add(self._identify(other.system_attrs["fixed_params"]))
             else:
                 place += other.number < trial.number
-        left = [i for i, point in enumerate(grid._all_grids) if point not in known] or range(len(grid._all_grids))
+        left = [i for point, i in self._grid_points.items() if point not in known] or list(self._grid_points.values())
         storage, key = study._storage, trial._trial_id
         storage.set_trial_system_attr(key, "search_space", grid._search_space)
         storage.set_trial_system_attr(key, "grid_id", left[place % len(left)])
+
+    def _identify(self, plain: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+        """What makes a point another one: the values that are asked for."""
+        return frozenset(self._space.asked(plain).items())
 
     def _take(self, trial: FrozenTrial) -> None:
         seed = int(np.random.SeedSequence([self._seed, trial.number]).generate_state(1)[0] >> 1)

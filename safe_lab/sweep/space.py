@@ -186,6 +186,24 @@ class Space:
             if parameter.key in plain
         }
 
+    @property
+    def keys(self) -> list[str]:
+        """Dotted keys."""
+        return [parameter.key for parameter in self.parameters]
+
+    def asked(self, plain: Mapping[str, Any]) -> dict[str, Any]:
+        """What of some plain values is asked for: those whose conditions hold."""
+        values: dict[str, Any] = {}
+        for parameter in self.parameters:
+            if parameter.key in plain and _holds(parameter, values):
+                values[parameter.key] = parameter.from_plain(plain[parameter.key])
+        return {key: plain[key] for key in values}
+
+    def lacks(self, plain: Mapping[str, Any]) -> list[str]:
+        """Keys that are asked for and have no value."""
+        values = self.read(self.asked(plain))
+        return [one.key for one in self.parameters if one.key not in plain and _holds(one, values)]
+
     def check_point(self, point: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """A known point as Optuna keeps it, and what is wrong with it, a line each."""
         by_key = {parameter.key: parameter for parameter in self.parameters}

@@ -323,7 +323,7 @@ def _find_faults_of_parts(study: StudyFile, config: Config) -> list[str]:
         faults += [
             f"enqueue, point {i}: a grid has no value for what it leaves out"
             for i, point in enumerate(study.points, start=1)
-            if len(point) < len(study.space.parameters)
+            if study.space.lacks(point)
         ]
         number = study.build_sampler().num_grid_points
         if number is not None and settings.num_trials > number:

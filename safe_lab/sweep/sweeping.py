@@ -12,7 +12,7 @@ from safe_lab import run_folder
 from safe_lab.hardware import environments, find_gpus
 from safe_lab.run_folder import RunFolder, to_json
 from safe_lab.section import ConfigError
-from safe_lab.sweep.joining import alone, join, read_identity
+from safe_lab.sweep.joining import alone, exists, join, read_identity
 from safe_lab.sweep.outcome import Outcome
 from safe_lab.sweep.pictures import draw, measure_importance
 from safe_lab.sweep.roster import Roster
@@ -57,8 +57,6 @@ def run(
             f"--workers {workers}: SQLite is for one worker; a study that begins with several is kept in a journal, into which "
             "optuna.copy_study brings one that has begun"
         )
-    if not any(study_file.folder.glob("trial-*/seed-*/result.json")):
-        check_data(study_file.config_of(0, {}, study_file.settings.seeds[0]))
     try:
         study_file.folder.mkdir(parents=True, exist_ok=True)
         if export is not None:
@@ -69,7 +67,10 @@ def run(
         if takes_one_worker(address):
             taken = "a sweep is running here, and SQLite is for one worker; end it, and start both with --storage journal://PATH"
             held.enter_context(run_folder.hold(study_file.folder, taken))
-        study = join(study_file, open_storage(address), address)
+        storage = open_storage(address)
+        if not exists(study_file, storage) and not any(key.startswith("data.") for key in study_file.space.keys):
+            check_data(study_file.config_of(0, {}, study_file.settings.seeds[0]))
+        study = join(study_file, storage, address)
         Supervisor(study_file, study, address, worker_environments, show).run()
     objectives = study_file.objectives
     roster = Roster(study.get_trials(deepcopy=False), study_file.settings.num_trials)

@@ -59,6 +59,7 @@ class Worker:
     study: Study
     start: Start
     deadline: float | None = None
+    _redrawn: int = 0
     _beat: int = 0
     _beat_at: float = -math.inf
     _watch: Watch = field(init=False)
@@ -97,6 +98,10 @@ class Worker:
         for trial in roster.running:
             if self._watch.is_dead(trial):
                 self._cut_off(trial)
+        for trial in roster.void_and_running:
+            if self._watch.is_dead(trial):
+                with suppress(UpdateFinishedTrialError):
+                    self.study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         for trial in self.read_roster().cut_off:
             self.study.add_trial(take_up(trial))
 
@@ -108,17 +113,17 @@ class Worker:
             storage.set_trial_state_values(key, TrialState.FAIL)
 
     def _run(self, trial: Trial) -> None:
+        trial.set_user_attr(stored.OWNER, describe_owner())
         if self.read_roster().is_one_too_many(trial.number):
             # Another worker was faster.
-            trial.set_user_attr(stored.VOID, True)
-            self._end(trial, TrialState.FAIL)
+            self._void(trial)
             return
         number = trial.user_attrs.get(stored.ROOT, trial.number)
-        trial.set_user_attr(stored.OWNER, describe_owner())
         self._beat_at = -math.inf
         values = self.study_file.space.suggest(trial)
         if self._is_spared(trial):
             return
+        self._redrawn = 0
         deaths = self._count_deaths(trial, number)
         if deaths >= _MOST_DEATHS:
             reason = f"{deaths} workers died of it, one after the other, without a newer checkpoint"
@@ -127,28 +132,30 @@ class Worker:
         self._tell(trial, self._train(trial, number, values))
 
     def _is_spared(self, trial: Trial) -> bool:
-        """Whether a trial came to a point that was tried before: with the same seeds it would come to the same again.
+        """Whether a trial came to a point that has been tried, or is being tried.
 
-        Another is drawn instead, unless the sampler has no other to offer; then it takes that one's figures.
+        Another is drawn instead, unless the sampler has no other to offer. Then, and for a point that was named, a trained one's
+        figures are taken, as with the same seeds it would come to the same again; whether one that was turned away still would be
+        is looked at anew.
         """
-        roster = self.read_roster()
-        same = roster.find_same(trial.params)
+        same = self.read_roster().find_same(trial.params, trial.number)
         if same is None:
             return False
+        if stored.TICKET not in trial.user_attrs and self._redrawn < _MOST_REDRAWN:
+            self._redrawn += 1
+            self._void(trial)
+            return True
+        if same.state != TrialState.COMPLETE:
+            return False
+        self._redrawn = 0
         trial.set_user_attr(stored.SAME_AS, root_of(same))
-        is_drawn = stored.TICKET not in trial.user_attrs
-        if is_drawn and roster.num_redrawn_before(trial.number) < _MOST_REDRAWN:
-            trial.set_user_attr(stored.VOID, True)
-            self._end(trial, TrialState.FAIL)
-        elif same.state == TrialState.COMPLETE:
-            self._complete(trial, same.user_attrs[stored.BY_SEED])
-        else:
-            for text, excess in same.constraints.items():
-                trial.set_constraint(text, excess)
-            for key in (stored.FORECAST, stored.FORECAST_FROM, stored.TURNED_AWAY):
-                trial.set_user_attr(key, same.user_attrs.get(key))
-            self._end(trial, TrialState.PRUNED)
+        self._complete(trial, same.user_attrs[stored.BY_SEED])
         return True
+
+    def _void(self, trial: Trial) -> None:
+        """End a trial that nobody is to count."""
+        trial.set_user_attr(stored.VOID, True)
+        self._end(trial, TrialState.FAIL)
 
     def _count_deaths(self, trial: Trial, number: int) -> int:
         """How many workers have died of a trial since it last came further."""
@@ -176,12 +183,16 @@ class Worker:
             if settings.prefilter and is_new and self._turns_away(trial, config):
                 return [Ended("stopped", {})]
             watch = _Pruning(trial, settings.pruner.name, next(iter(settings.objectives)), place)
-            ended = train(config, start=self.start, watch=watch.sees, tick=lambda: self._live(trial))
+            ended = train(
+                config,
+                start=self.start,
+                watch=watch.sees,
+                tick=lambda: self._live(trial),
+                died=lambda _: trial.set_user_attr(stored.KILLED, trial.user_attrs.get(stored.KILLED, 0) + 1),
+            )
             if ended.how == "finished":
                 ended = self._check_figures(ended)
             runs.append(ended)
-            if ended.deaths:
-                trial.set_user_attr(stored.KILLED, trial.user_attrs.get(stored.KILLED, 0) + ended.deaths)
             if not settings.keep_checkpoints:
                 self._live(trial)
                 remove_leftovers(config.run_folder)

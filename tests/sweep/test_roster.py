@@ -1,11 +1,14 @@
 """Who has which trial: what every worker reads off the same trials, whoever died when."""
 
+import math
+
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from safe_lab.sweep import roster as stored
 from safe_lab.sweep.roster import Roster, take_up
+from safe_lab.sweep.study_file import Constraint
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def test_trials_that_end_by_themselves_are_finished(study):
     assert [trial.number for trial in found.open] == [3]
 
 
-def test_a_point_that_was_tried_is_known_again_and_tries_in_vain_are_counted(study):
+def test_a_point_that_was_tried_is_known_again(study):
     space = {"x": optuna.distributions.IntDistribution(1, 9)}
 
     def add(x, state=TrialState.COMPLETE, **attributes):
@@ -52,13 +55,29 @@ def test_a_point_that_was_tried_is_known_again_and_tries_in_vain_are_counted(stu
     add(2, TrialState.FAIL)
     add(3, TrialState.PRUNED)
     add(4, TrialState.PRUNED, **{stored.TURNED_AWAY: "too much"})
-    found = [roster(study).find_same({"x": x}) for x in range(1, 6)]
+    found = [roster(study).find_same({"x": x}, 9) for x in range(1, 6)]
     assert [trial and trial.number for trial in found] == [0, None, None, 3, None]
-    assert roster(study).num_redrawn_before(4) == 0
-    for _ in range(2):
-        add(1, TrialState.FAIL, **{stored.VOID: True, stored.SAME_AS: 0})
-    assert roster(study).num_redrawn_before(6) == 2
-    assert len(roster(study).entries) == 4
+    add(4)
+    assert roster(study).find_same({"x": 4}, 9).number == 4
+    running = study.ask(space)
+    assert roster(study).find_same(running.params, running.number + 1) is not None
+
+
+def test_a_trial_that_takes_up_another_goes_on_with_what_is_known_of_it(study):
+    trial = study.ask()
+    known = {stored.KNOWN: True, stored.KILLED: 2, stored.FORECAST: {"frozen_share <= 0.5": 0.4}}
+    for key, value in known.items():
+        trial.set_user_attr(key, value)
+    taken = take_up(cut_off(study, trial)).user_attrs
+    assert {key: taken[key] for key in known} == known
+
+
+@pytest.mark.parametrize(("forecast", "truth", "error"), [(3.0, 2.0, 0.5), (0.0, 0.0, 0.0), (0.5, 0.0, math.inf)])
+def test_forecasts_are_held_against_the_truth_of_the_first_seed(study, forecast, truth, error):
+    constraint = Constraint("frozen_share <= 0.5", "frozen_share", 0.5, 1)
+    attributes = {stored.FORECAST: {constraint.text: forecast}, stored.BY_SEED: {"frozen_share": [truth, 9.0]}}
+    study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs=attributes))
+    assert roster(study).forecast_errors(constraint) == [error]
 
 
 def test_a_trial_that_was_cut_off_is_open_until_it_has_been_taken_up_and_ended(study):

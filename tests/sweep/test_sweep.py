@@ -93,10 +93,14 @@ def test_another_point_is_drawn_for_one_that_was_tried(sweep):
 
 
 def test_data_that_are_not_there_are_told_before_the_first_trial(sweep):
-    sweep.tree["base"]["data"] |= {"path": "nowhere.csv"}
-    sweep.write()
+    path = sweep.tree["base"]["data"]["path"]
+    sweep.tree["base"]["data"]["path"] = "nowhere.csv"
+    sweep.write(num_trials=1)
     assert "data: " in sweep.refuse()
-    assert not (sweep.folder / "study.db").exists()
+    # Nothing has been begun that would now be of another definition.
+    sweep.tree["base"]["data"]["path"] = path
+    sweep.write()
+    assert sweep.run()["complete"] == 1
 
 
 def test_means_over_seeds_are_told_with_their_spread(sweep):

@@ -1,0 +1,320 @@
+r"""Variants held against a baseline, seed by seed, figure by figure.
+
+Differences are of the seeds that both variants have finished. Of a task metric, a share or a depth they are taken as they are; of
+costs, which are positive and differ by factors, as logarithms, and told as :math:`\exp(\overline{\Delta \log x}) - 1`: a fall to
+a half and a rise to the double weigh alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from statistics import fmean
+from typing import Any
+
+from safe_lab.ablation.records import Record
+from safe_lab.figures import direction_of, is_cost
+from safe_lab.run_folder import changed_keys
+from safe_lab.statistics import Test, correct, effect_size, mean_interval, p_value, seeds_needed, smallest_p, spread
+
+# What makes a variant's configuration another run's, and is none of its settings.
+_PLACE = ("name", "variant", "seed", "output_dir", "tracking")
+
+
+class Verdict(StrEnum):
+    """What can be said of a variant's metric against the baseline's."""
+
+    BASELINE = "baseline"
+    BETTER = "better"
+    WORSE = "worse"
+    NO_WORSE = "no worse"
+    NO_DIFFERENCE_FOUND = "no difference found"
+    NOT_ENOUGH_SEEDS = "not enough seeds to say"
+    NO_RUNS = "no runs to compare"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How it is compared.
+
+    Attributes:
+        metric: The figure that says how good a run is.
+        figures: The others.
+        margin: By how much of the metric a variant may be worse and still be called no worse; None: it is not asked.
+        confidence: Of intervals.
+        test: That p is of.
+    """
+
+    metric: str
+    figures: tuple[str, ...]
+    margin: float | None = None
+    confidence: float = 0.95
+    test: Test = "permutation"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of a variant against the baseline's.
+
+    Attributes:
+        by_seed: The difference of each seed that both have.
+        is_relative: Whether it is a share of the baseline's figure: -0.25 is a quarter less.
+        mean: Mean difference over the seeds.
+        low: Lower end of its interval; None with a single seed.
+        high: Upper end.
+        method: Of the interval: BCa or t.
+        p: That seeds alone make such a difference, of this comparison by itself; None with a single seed.
+        p_corrected: The same among the comparisons of all variants by this figure (Holm).
+        smallest_p: That ``p`` can come to with so many seeds.
+        effect_size: In standard deviations of the differences (Hedges).
+    """
+
+    by_seed: Mapping[int, float]
+    is_relative: bool
+    mean: float
+    low: float | None
+    high: float | None
+    method: str | None
+    p: float | None
+    p_corrected: float | None
+    smallest_p: float
+    effect_size: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure of a variant.
+
+    Attributes:
+        by_seed: The figure of each run that has it.
+        mean: Over them.
+        spread: Their standard deviation; None with a single one.
+        difference: To the baseline; None of the baseline itself, and where no seed has both.
+    """
+
+    by_seed: Mapping[int, float]
+    mean: float
+    spread: float | None
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant.
+
+    Attributes:
+        variant: Its name.
+        cells: By figure; those no run has are left out.
+        verdict: What can be said of its metric.
+        reason: Why, in words.
+        p_worse: That it is worse than the baseline by the margin or more and came out so well by chance (one-sided).
+        p_worse_corrected: The same among all variants (Holm).
+        changes: Where its configuration differs from the baseline's: the baseline's value and its own, by dotted key.
+        faults: Why runs are not in it, by seed.
+    """
+
+    variant: str
+    cells: Mapping[str, Cell]
+    verdict: Verdict
+    reason: str
+    p_worse: float | None
+    p_worse_corrected: float | None
+    changes: Mapping[str, tuple[Any, Any]]
+    faults: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Variants held against a baseline.
+
+    Attributes:
+        rules: How.
+        baseline: Which.
+        rows: The variants, the baseline among them, in their order.
+        warnings: What stands against taking the differences at their word.
+    """
+
+    rules: Rules
+    baseline: str
+    rows: Sequence[Row]
+    warnings: Sequence[str]
+
+    def row(self, variant: str) -> Row:
+        """That of a variant."""
+        return next(row for row in self.rows if row.variant == variant)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Comparison:
+    """Hold the variants of some runs against one of them.
+
+    Args:
+        records: The runs, of one variant and seed each.
+        rules: How.
+        baseline: A variant among them.
+    """
+    by_variant: dict[str, list[Record]] = {}
+    for record in records:
+        by_variant.setdefault(record.variant, []).append(record)
+    base = by_variant[baseline]
+    others = [variant for variant in by_variant if variant != baseline]
+    cells: dict[str, dict[str, Cell]] = {variant: {} for variant in by_variant}
+    for figure in dict.fromkeys((rules.metric, *rules.figures)):
+        values = {variant: _by_seed(runs, figure) for variant, runs in by_variant.items()}
+        differences = {variant: _differ(figure, values[variant], values[baseline], rules) for variant in others}
+        for variant, difference in _correct(differences).items():
+            if values[variant]:
+                found = list(values[variant].values())
+                cells[variant][figure] = Cell(values[variant], fmean(found), spread(found), difference)
+        if values[baseline]:
+            found = list(values[baseline].values())
+            cells[baseline][figure] = Cell(values[baseline], fmean(found), spread(found), None)
+    ps = [_p_worse(cells[variant].get(rules.metric), rules) for variant in others]
+    worse = dict(zip(others, zip(ps, correct(ps), strict=True), strict=True))
+    rows = []
+    for variant, runs in by_variant.items():
+        p, corrected_p = worse.get(variant, (None, None))
+        verdict, reason = (
+            (Verdict.BASELINE, "")
+            if variant == baseline
+            else judge(cells[variant].get(rules.metric), len(others), rules)
+        )
+        faults = {record.seed: record.fault for record in runs if record.fault}
+        rows.append(Row(variant, cells[variant], verdict, reason, p, corrected_p, _changes(base, runs), faults))
+    return Comparison(rules, baseline, rows, _find_warnings(by_variant, baseline))
+
+
+def judge(cell: Cell | None, num_comparisons: int, rules: Rules) -> tuple[Verdict, str]:
+    """What can be said of a variant's metric.
+
+    Better or worse is what p says after correction. No worse is what the interval says: its end on the worse side lies within the
+    margin (as non-inferiority is told in trials: Piaggio et al., CONSORT, JAMA 2012).
+
+    Args:
+        cell: The metric of the variant.
+        num_comparisons: Variants that are held against the baseline.
+        rules: Metric, margin and confidence.
+    """
+    found = None if cell is None else cell.difference
+    if found is None:
+        return Verdict.NO_RUNS, "no seed has finished in both"
+    if len(found.by_seed) < 2 or found.low is None or found.high is None:
+        return Verdict.NOT_ENOUGH_SEEDS, "one seed tells nothing of what another would do"
+    alpha, sign = 1 - rules.confidence, direction_of(rules.metric) or 1
+    gain, worst = sign * found.mean, min(sign * found.low, sign * found.high)
+    if found.p_corrected is not None and found.p_corrected <= alpha:
+        if gain > 0:
+            return Verdict.BETTER, f"p = {found.p_corrected:.2g} after correction"
+        if rules.margin is None or worst <= -rules.margin:
+            return Verdict.WORSE, f"p = {found.p_corrected:.2g} after correction"
+        return Verdict.NO_WORSE, f"worse (p = {found.p_corrected:.2g}), but within the margin of {rules.margin:g}"
+    if rules.margin is not None and worst > -rules.margin:
+        return Verdict.NO_WORSE, f"at worst {-worst:.3g} below, and {rules.margin:g} is the margin"
+    attainable = min(1.0, found.smallest_p * num_comparisons)
+    if rules.margin is not None:
+        return Verdict.NOT_ENOUGH_SEEDS, _say_needed(found, worst, rules, sign)
+    if attainable > alpha:
+        return (
+            Verdict.NOT_ENOUGH_SEEDS,
+            f"with {len(found.by_seed)} seeds and {num_comparisons} comparisons p cannot come below {attainable:.2g}",
+        )
+    return Verdict.NO_DIFFERENCE_FOUND, f"p = {found.p_corrected:.2g} after correction"
+
+
+def _say_needed(found: Difference, worst: float, rules: Rules, sign: int) -> str:
+    assert rules.margin is not None
+    said = f"it may be {-worst:.3g} below, and {rules.margin:g} is the margin"
+    # The interval must come to no more than what is left between the mean and the margin.
+    room = rules.margin + sign * found.mean
+    if room <= 0:
+        return f"{said}, which the mean is below"
+    needed = seeds_needed(list(found.by_seed.values()), room, rules.confidence)
+    return f"{said}; with {needed} seeds of such a spread and mean it would show" if needed else said
+
+
+def _correct(differences: Mapping[str, Difference | None]) -> dict[str, Difference | None]:
+    """The same differences, their p corrected for there being several."""
+    corrected = correct([None if found is None else found.p for found in differences.values()])
+    return {
+        variant: None if found is None else replace(found, p_corrected=p)
+        for (variant, found), p in zip(differences.items(), corrected, strict=True)
+    }
+
+
+def _by_seed(records: Sequence[Record], figure: str) -> dict[int, float]:
+    found = {record.seed: record.figure(figure) for record in records}
+    return {seed: value for seed, value in sorted(found.items()) if value is not None}
+
+
+def _differ(figure: str, ours: Mapping[int, float], theirs: Mapping[int, float], rules: Rules) -> Difference | None:
+    """The difference over the seeds that both have; its p stands by itself."""
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return None
+    is_relative = is_cost(figure) and all(values[seed] > 0 for values in (ours, theirs) for seed in seeds)
+    scale = math.log if is_relative else float
+    tell = math.expm1 if is_relative else float
+    differences = [scale(ours[seed]) - scale(theirs[seed]) for seed in seeds]
+    interval = mean_interval(differences, rules.confidence)
+    p = p_value(differences, test=rules.test)
+    return Difference(
+        by_seed={seed: tell(value) for seed, value in zip(seeds, differences, strict=True)},
+        is_relative=is_relative,
+        mean=tell(fmean(differences)),
+        low=None if interval is None else tell(interval.low),
+        high=None if interval is None else tell(interval.high),
+        method=None if interval is None else interval.method,
+        p=p,
+        p_corrected=p,
+        smallest_p=smallest_p(len(seeds)),
+        effect_size=effect_size(differences),
+    )
+
+
+def _p_worse(ours: Cell | None, rules: Rules) -> float | None:
+    """How likely a variant would come out so well by chance, were it worse by the margin."""
+    if rules.margin is None or ours is None or ours.difference is None:
+        return None
+    sign = direction_of(rules.metric) or 1
+    return p_value(
+        [sign * value + rules.margin for value in ours.difference.by_seed.values()],
+        test=rules.test,
+        alternative="greater",
+    )
+
+
+def _changes(base: Sequence[Record], runs: Sequence[Record]) -> dict[str, tuple[Any, Any]]:
+    """Where a variant's settings differ from the baseline's, by the first run of each that can be read."""
+    configs = [
+        next((record.config for record in records if record.config is not None), None) for records in (base, runs)
+    ]
+    if configs[0] is None or configs[1] is None:
+        return {}
+    found = changed_keys(configs[0], configs[1])
+    return {key: values for key, values in found.items() if key.partition(".")[0] not in _PLACE}
+
+
+def _find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) -> list[str]:
+    """What stands against pairing runs by their seeds."""
+    base = {record.seed: record for record in by_variant[baseline] if not record.fault}
+    warnings = []
+    for variant, records in by_variant.items():
+        for record in records:
+            other = base.get(record.seed)
+            if record.fault or other is None:
+                continue
+            ours, theirs = record.result["fingerprints"], other.result["fingerprints"]
+            differ = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+            if differ:
+                warnings.append(
+                    f"{variant}, seed {record.seed}: other {' and '.join(differ)} than {baseline}: nothing pairs them"
+                )
+    machines = {record.machine for records in by_variant.values() for record in records if not record.fault}
+    if len(machines) > 1:
+        warnings.append(f"seconds and bytes do not compare, as the runs were made on: {'; '.join(sorted(machines))}")
+    return warnings

@@ -1,0 +1,134 @@
+"""Run folders as an experiment's runs: which are there, which failed, which are missing - none is silently left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safe_lab import config as configuration
+from safe_lab.ablation.experiment_file import Experiment
+from safe_lab.config import Config
+from safe_lab.figures import read_figure
+from safe_lab.section import ConfigError
+from safe_lab.trainings import find_other_run
+
+# Of a result.json that this version can compare.
+_NEEDED = ("metrics", "main_metric", "resources", "fingerprints", "frozen_share", "frozen_depth")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run that is, or should be, in a comparison.
+
+    Attributes:
+        variant: Its variant.
+        seed: Its seed.
+        path: Its folder.
+        config: Its configuration; None where that cannot be read.
+        result: What result.json holds; empty without one.
+        fault: Why it is not compared: it is missing, has not finished, or cannot be read; empty if it is.
+        environment: What environment.json holds; empty where that cannot be read.
+    """
+
+    variant: str
+    seed: int
+    path: Path
+    config: Config | None
+    result: Mapping[str, Any] = field(default_factory=dict)
+    fault: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def machine(self) -> str:
+        """What its seconds depend on: device, threads, torch."""
+        known = self.environment
+        device = ", ".join(known.get("devices", ())) or known.get("processor") or "an unknown processor"
+        return f"{device}, {known.get('threads', '?')} threads, torch {known.get('packages', {}).get('torch', '?')}"
+
+    def figure(self, name: str) -> float | None:
+        """A figure of its result; None where it has none."""
+        if self.fault:
+            return None
+        try:
+            return read_figure(self.result, name)
+        except ValueError:
+            return None
+
+
+def read_record(path: Path) -> Record:
+    """Read a run folder, whatever state it is in.
+
+    Raises:
+        ConfigError: It is no run folder.
+    """
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path}: there is no config.yaml: it is no run folder")
+    try:
+        config = configuration.load(path / "config.yaml")
+    except ConfigError as error:
+        variant, seed = path.parent.name, path.name.removeprefix("seed-")
+        fault = f"this version cannot read its config.yaml: {str(error).splitlines()[0]}"
+        return Record(variant, int(seed) if seed.isdecimal() else -1, path, None, fault=fault)
+    result, fault = _read_result(path)
+    return Record(config.variant, config.seed, path, config, result, fault, _read_environment(path))
+
+
+def read_experiment(experiment: Experiment, failures: Mapping[tuple[str, int], str]) -> list[Record]:
+    """The runs that an experiment is to have.
+
+    Args:
+        experiment: Says which.
+        failures: Why runs have failed, by variant and seed.
+    """
+    records = []
+    for run in experiment.runs:
+        config = experiment.config_of(*run)
+        path = config.run_folder
+        other = find_other_run(config)
+        result, fault = ({}, f"of another configuration: {other}") if other else _read_result(path)
+        if run in failures:
+            fault = failures[run]
+        records.append(Record(*run, path, config, result, fault, _read_environment(path)))
+    return records
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run folders at or below some paths: a run's own, a variant's, an experiment's.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        runs = (
+            [path]
+            if (path / "config.yaml").is_file()
+            else sorted(config.parent for config in path.glob("**/seed-*/config.yaml"))
+        )
+        if not runs:
+            raise ConfigError(f"{path}: there is no run folder, here or below")
+        found |= dict.fromkeys(run.resolve() for run in runs)
+    return list(found)
+
+
+def _read_result(path: Path) -> tuple[Mapping[str, Any], str]:
+    """What result.json holds, and why that is nothing to compare; one of them is empty."""
+    try:
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, "it has not finished" if (path / "config.yaml").exists() else "it is missing"
+    except (OSError, ValueError) as error:
+        return {}, f"its result.json cannot be read ({error})"
+    lacking = [key for key in _NEEDED if key not in result] if isinstance(result, dict) else list(_NEEDED)
+    return ({}, f"its result.json is of another version: it lacks {', '.join(lacking)}") if lacking else (result, "")
+
+
+def _read_environment(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,176 @@
+"""An experiment for people: a table that lives while it runs, and one of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from safe_lab.ablation.comparison import Comparison, Difference, Row, Verdict
+from safe_lab.ablation.experiment_file import Experiment
+from safe_lab.ablation.running import Progress, Show, State
+from safe_lab.figures import format_figure, is_cost
+
+_MINUS = "\N{MINUS SIGN}"
+
+
+@contextmanager
+def live(experiment: Experiment, console: Console) -> Iterator[Show]:
+    """Show how the runs of an experiment stand: a table on a terminal, a line for each change elsewhere."""
+    runs = {run: Progress(*run) for run in experiment.runs}
+    if not console.is_terminal:
+        shown: dict[tuple[str, int], State] = {}
+
+        def tell(progress: Progress) -> None:
+            run = (progress.variant, progress.seed)
+            runs[run] = progress
+            if shown.get(run) != progress.state:
+                shown[run] = progress.state
+                _say(console, _describe(progress, experiment, runs.values()))
+
+        yield tell
+        return
+    with Live(_board(experiment, runs), console=console, refresh_per_second=4) as table:
+
+        def update(progress: Progress) -> None:
+            runs[progress.variant, progress.seed] = progress
+            table.update(_board(experiment, runs))
+            if progress.note and progress.state in (State.RUNNING, State.FAILED):
+                _say(console, _describe(progress, experiment, runs.values()))
+
+        yield update
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """What came out: each variant with its metric, its costs, and what can be said."""
+    rules = comparison.rules
+    figures = [figure for figure in rules.figures if any(figure in row.cells for row in comparison.rows)]
+    table = Table("variant", title=f"against {escape(comparison.baseline)}", title_justify="left")
+    table.add_column(rules.metric.replace("/", "\n"), justify="right")
+    table.add_column("difference\n(interval)", justify="right")
+    table.add_column("p\ncorrected", justify="right")
+    for figure in figures:
+        table.add_column(figure.removeprefix("resources/").replace("_bytes", "").replace("_", "\n"), justify="right")
+    table.add_column("", ratio=1)
+    for row in comparison.rows:
+        table.add_row(*_cells(row, comparison, figures))
+    console.print(table)
+    for row in comparison.rows:
+        for seed, fault in row.faults.items():
+            _say(console, f"{row.variant}, seed {seed}, is not in it: {' '.join(fault.splitlines()[:2])}")
+    for warning in comparison.warnings:
+        _say(console, f"warning: {warning}")
+    _say(console, describe_rules(comparison))
+
+
+def describe_rules(comparison: Comparison) -> str:
+    """How to read the figures, in a sentence or two."""
+    rules, num_others = comparison.rules, len(comparison.rows) - 1
+    differences = [found for row in comparison.rows if (found := difference_of(row, rules.metric)) is not None]
+    most = max((len(found.by_seed) for found in differences), default=0)
+    methods = sorted({found.method for found in differences if found.method})
+    said = ["Differences are paired by seed."]
+    if methods:
+        said.append(
+            f"Intervals ({' and '.join(methods)}) hold the true mean in {rules.confidence:.0%} of cases, each by itself."
+        )
+    if most > 1:
+        smallest = min(found.smallest_p for found in differences)
+        corrected = min(1.0, smallest * num_others)
+        said.append(
+            f"With {most} seeds p ({rules.test}) cannot come below {smallest:.2g}, nor below {corrected:.2g} after Holm's "
+            f"correction over {num_others} comparisons."
+        )
+    if rules.margin is not None:
+        said.append(f"No worse: the interval of the metric lies above {_MINUS}{rules.margin:g}.")
+    return " ".join(said)
+
+
+def difference_of(row: Row, figure: str) -> Difference | None:
+    """Of a variant's figure to the baseline's."""
+    cell = row.cells.get(figure)
+    return None if cell is None else cell.difference
+
+
+def format_difference(figure: str, found: Difference) -> str:
+    """A mean difference, as a person reads it: percent of costs, points of shares.
+
+    >>> format_difference("resources/flops", Difference({0: -0.25}, True, -0.25, None, None, None, None, None, 1.0, None))
+    '\N{MINUS SIGN}25.0 %'
+    """
+    return _signed(figure, found.mean, found.is_relative)
+
+
+def format_interval(figure: str, found: Difference) -> str:
+    """Its interval; empty with a single seed."""
+    if found.low is None or found.high is None:
+        return ""
+    return f"{_signed(figure, found.low, found.is_relative)} to {_signed(figure, found.high, found.is_relative)}"
+
+
+def _signed(figure: str, value: float, is_relative: bool) -> str:
+    amount = f"{abs(value):.1%}".replace("%", " %") if is_relative else format_figure(figure, abs(value))
+    return f"{'+' if value > 0 else _MINUS if value < 0 else ''}{amount}"
+
+
+def _cells(row: Row, comparison: Comparison, figures: Sequence[str]) -> list[str]:
+    metric = comparison.rules.metric
+    cell, found = row.cells.get(metric), difference_of(row, metric)
+    shown = [escape(row.variant)]
+    if cell is None:
+        shown.append("")
+    else:
+        around = "" if cell.spread is None else f" \N{PLUS-MINUS SIGN} {format_figure(metric, cell.spread)}"
+        shown.append(f"{format_figure(metric, cell.mean)}{around}")
+    shown.append(
+        "" if found is None else f"{format_difference(metric, found)}\n{format_interval(metric, found)}".strip()
+    )
+    shown.append("" if found is None or found.p_corrected is None else f"{found.p_corrected:.2g}")
+    for figure in figures:
+        cell, found = row.cells.get(figure), difference_of(row, figure)
+        value = "" if cell is None else format_figure(figure, cell.mean)
+        shown.append(f"{value}\n{format_difference(figure, found)}" if found is not None and is_cost(figure) else value)
+    said = "" if row.verdict == Verdict.BASELINE else f"{row.verdict}: {row.reason}"
+    return [*shown, escape(said)]
+
+
+def _board(experiment: Experiment, runs: dict[tuple[str, int], Progress]) -> Table:
+    table = Table("variant", title=f"{escape(experiment.name)}: {escape(experiment.metric)}", title_justify="left")
+    for seed in experiment.seeds:
+        table.add_column(f"seed {seed}", justify="right")
+    for variant in experiment.variants:
+        table.add_row(escape(variant), *(_short(runs[variant, seed], experiment) for seed in experiment.seeds))
+    return table
+
+
+def _short(progress: Progress, experiment: Experiment) -> str:
+    latest = progress.latest.get(experiment.metric)
+    value = "" if latest is None else format_figure(experiment.metric, latest)
+    if progress.state == State.RUNNING:
+        return f"[cyan]epoch {progress.latest.get('epoch', 0):.3g} {value}[/]"
+    colour = {State.WAITING: "dim", State.FAILED: "red"}.get(progress.state, "green")
+    return f"[{colour}]{value or progress.state}[/]"
+
+
+def _describe(progress: Progress, experiment: Experiment, runs: Sequence[Progress] | object) -> str:
+    assert not isinstance(runs, str)
+    ended = sum(run.state not in (State.WAITING, State.RUNNING) for run in runs)  # type: ignore[attr-defined]
+    name = f"{progress.variant}, seed {progress.seed} ({ended}/{len(experiment.runs)})"
+    latest = progress.latest.get(experiment.metric)
+    if progress.state == State.RUNNING:
+        return f"{name} begins" + (f", as it is {progress.note}" if progress.note else "")
+    if progress.state == State.FAILED:
+        return f"{name} failed: {' '.join(progress.note.splitlines()[:2])}"
+    if progress.state == State.KEPT:
+        return f"{name} was there"
+    return f"{name} finished" + (
+        "" if latest is None else f": {experiment.metric} {format_figure(experiment.metric, latest)}"
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,272 @@
+"""The figures of a report, from run folders; colours and themes are the page's business."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from safe_lab.ablation import Comparison
+from safe_lab.ablation.records import Record
+from safe_lab.figures import direction_of
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+# Okabe and Ito's, which the colour-blind tell apart; without yellow and black, of which each is lost on one of the two themes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")
+_MEMORY = "resources/memory_mean_bytes"
+_MIB = 1024**2
+# Of a stacked chart: what is stacked, its heading, its unit and by what it is divided.
+_STACKS = (
+    ("resources/step_memory/", "_bytes", "Live bytes at a step's peak, MiB", _MIB),
+    ("resources/flops/", "", "FLOPs so far, TFLOP", 1e12),
+    ("resources/seconds/", "", "Seconds so far", 1.0),
+)
+# Points of a line beyond which it is thinned: a page is to stay small.
+_MOST_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of the page.
+
+    Attributes:
+        title: Above it.
+        note: How to read it.
+        figure: The figure.
+    """
+
+    title: str
+    note: str
+    figure: go.Figure
+
+
+def draw_trade_off(comparison: Comparison) -> Chart | None:
+    """The metric against mean memory: a point for each variant, with its seeds around it, and the Pareto front."""
+    import plotly.graph_objects as go
+
+    metric = comparison.rules.metric
+    rows = [row for row in comparison.rows if metric in row.cells and _MEMORY in row.cells]
+    if not rows:
+        return None
+    figure = go.Figure()
+    points = []
+    for i, row in enumerate(rows):
+        y, x = row.cells[metric], row.cells[_MEMORY]
+        style = {"color": _colour(i), "symbol": _SYMBOLS[i % len(_SYMBOLS)]}
+        seeds = [seed for seed in y.by_seed if seed in x.by_seed]
+        figure.add_scatter(
+            x=[x.by_seed[seed] / _MIB for seed in seeds],
+            y=[y.by_seed[seed] for seed in seeds],
+            mode="markers",
+            marker=style | {"size": 6, "opacity": 0.4},
+            legendgroup=row.variant,
+            showlegend=False,
+            text=[f"{row.variant}, seed {seed}" for seed in seeds],
+            hovertemplate="%{text}: %{y:.4g}, %{x:.4g} MiB<extra></extra>",
+        )
+        figure.add_scatter(
+            x=[x.mean / _MIB],
+            y=[y.mean],
+            mode="markers+text",
+            marker=style | {"size": 12},
+            text=[row.variant],
+            textposition="top center",
+            name=row.variant,
+            legendgroup=row.variant,
+            error_x={"array": [(x.spread or 0) / _MIB], "thickness": 1},
+            error_y={"array": [y.spread or 0], "thickness": 1},
+            hovertemplate="%{text}: %{y:.4g}, %{x:.4g} MiB<extra></extra>",
+        )
+        points.append((x.mean / _MIB, y.mean))
+    sign = direction_of(metric) or 1
+    front = [
+        p for p in sorted(points) if not any(q != p and q[0] <= p[0] and sign * q[1] >= sign * p[1] for q in points)
+    ]
+    line = {"dash": "dot", "color": COLOURS[-1]}
+    figure.add_scatter(
+        x=[p[0] for p in front], y=[p[1] for p in front], mode="lines", name="Pareto front", line=line, hoverinfo="skip"
+    )
+    figure.update_layout(xaxis_title="mean live bytes, MiB", yaxis_title=metric)
+    note = "Large: means of variants, with standard deviations over the seeds; small: their seeds. Up and to the left is better."
+    return Chart(f"{metric} against memory", note if sign > 0 else note.replace("Up", "Down"), figure)
+
+
+def draw_learning_curves(records: Sequence[Record], metric: str) -> Chart | None:
+    """The metric over the epochs: the mean of each variant's seeds."""
+    import plotly.graph_objects as go
+
+    by_variant: dict[str, dict[float, list[float]]] = {}
+    for record in records:
+        if record.fault:
+            continue
+        for row in _rows(record.path, "metrics.jsonl"):
+            if row.get(metric) is not None:
+                by_variant.setdefault(record.variant, {}).setdefault(row["epoch"], []).append(row[metric])
+    if not by_variant:
+        return None
+    figure = go.Figure()
+    variants = list(dict.fromkeys(record.variant for record in records))
+    for variant, values in by_variant.items():
+        i = variants.index(variant)
+        epochs = sorted(values)
+        figure.add_scatter(
+            x=epochs,
+            y=[fmean(values[epoch]) for epoch in epochs],
+            name=variant,
+            mode="lines+markers",
+            line={"color": _colour(i)},
+            marker={"symbol": _SYMBOLS[i % len(_SYMBOLS)]},
+        )
+    figure.update_layout(xaxis_title="epoch", yaxis_title=metric)
+    return Chart(f"{metric} over training", "Means over the seeds of a variant, at each evaluation.", figure)
+
+
+def draw_run(record: Record) -> Iterator[Chart]:
+    """What happened in a run: when what froze, its scores, and what it cost over time."""
+    rows = _rows(record.path, "importance.jsonl")
+    if rows:
+        yield _draw_timeline(rows)
+        scored = [row for row in rows if row["score"] is not None]
+        if scored:
+            yield _draw_scores(scored)
+    logged = [row for row in _rows(record.path, "metrics.jsonl") if "resources/wall_seconds" in row]
+    if logged:
+        for prefix, suffix, heading, scale in _STACKS:
+            yield _draw_stack(logged, prefix, suffix, heading, scale)
+
+
+def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    import plotly.graph_objects as go
+
+    scorings = sorted({row["scoring"] for row in rows})
+    epochs = {row["scoring"]: row["epoch"] for row in rows}
+    depths = sorted({row["depth"] for row in rows})
+    names = {row["depth"]: row["unit"] for row in rows}
+    by_place = {(row["depth"], row["scoring"]): row for row in rows}
+
+    def look(depth: int, scoring: int, key: str) -> Any:
+        return by_place.get((depth, scoring), {}).get(key)
+
+    froze = [
+        (scoring, depth)
+        for depth in depths
+        for before, scoring in zip([None, *scorings], scorings, strict=False)
+        if look(depth, scoring, "frozen") and (before is None or not look(depth, before, "frozen"))
+    ]
+    labels = [f"{scoring} ({epochs[scoring]:.3g})" for scoring in scorings]
+    scores = [[look(depth, scoring, "normalized_score") for scoring in scorings] for depth in depths]
+    figure = go.Figure()
+    figure.add_heatmap(
+        x=labels,
+        y=depths,
+        z=scores,
+        text=[[names[depth]] * len(scorings) for depth in depths],
+        colorscale="Cividis",
+        colorbar={"title": "score"},
+        hovertemplate="%{text}, scoring %{x}: %{z:.4g}<extra></extra>",
+        xgap=1,
+        ygap=1,
+    )
+    figure.add_scatter(
+        x=[labels[scorings.index(scoring)] for scoring, _ in froze],
+        y=[depth for _, depth in froze],
+        mode="markers",
+        marker={"symbol": "asterisk-open", "size": 13, "color": "#FFFFFF", "line": {"width": 2, "color": "#FFFFFF"}},
+        name="freezes",
+        text=[names[depth] for _, depth in froze],
+        hovertemplate="%{text} freezes<extra></extra>",
+    )
+    figure.update_layout(
+        xaxis={"title": "scoring (epoch)", "type": "category"},
+        yaxis_title="unit, by depth from the input",
+        showlegend=False,
+    )
+    return Chart(
+        "What froze when", "A row for each unit, a column for each scoring; a star where the unit froze.", figure
+    )
+
+
+def _draw_scores(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    by_unit: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_unit.setdefault(row["depth"], []).append(row)
+    for depth, found in sorted(by_unit.items()):
+        share = depth / max(len(by_unit) - 1, 1)
+        figure.add_scatter(
+            x=[row["epoch"] for row in found],
+            y=[row["normalized_score"] for row in found],
+            mode="lines+markers",
+            name=f"{depth}",
+            line={"color": _shade(share)},
+            text=[row["unit"] for row in found],
+            hovertemplate="%{text}: %{y:.4g}<extra></extra>",
+        )
+    thresholds = {row["epoch"]: row["threshold"] for row in rows if row["threshold"] is not None}
+    if thresholds:
+        figure.add_scatter(
+            x=list(thresholds),
+            y=list(thresholds.values()),
+            mode="lines",
+            name="threshold",
+            line={"dash": "dash", "width": 3, "color": COLOURS[1]},
+        )
+    positive = [row["normalized_score"] for row in rows if row["normalized_score"] and row["normalized_score"] > 0]
+    wide = bool(positive) and max(positive) > 100 * min(positive)
+    figure.update_layout(
+        xaxis_title="epoch",
+        yaxis={"title": "score, as compared", "type": "log" if wide else "linear"},
+        legend_title="unit",
+    )
+    note = "A unit whose score falls under the threshold freezes; a frozen one keeps the score it froze with."
+    return Chart("Scores and threshold", note, figure)
+
+
+def _draw_stack(rows: Sequence[Mapping[str, Any]], prefix: str, suffix: str, heading: str, scale: float) -> Chart:
+    import plotly.graph_objects as go
+
+    thinned = rows[:: max(1, len(rows) // _MOST_POINTS)]
+    keys = [key for key in rows[-1] if key.startswith(prefix) and key.endswith(suffix)]
+    figure = go.Figure()
+    shown = [key for key in keys if any(row.get(key) for row in rows)]
+    for i, key in enumerate(shown):
+        figure.add_scatter(
+            x=[row["epoch"] for row in thinned],
+            y=[(row.get(key) or 0) / scale for row in thinned],
+            stackgroup="all",
+            name=key.removeprefix(prefix).removesuffix(suffix) if suffix else key.removeprefix(prefix),
+            line={"width": 0.5, "color": _colour(i)},
+        )
+    figure.update_layout(xaxis_title="epoch", yaxis_title=heading)
+    return Chart(heading, "Stacked by kind.", figure)
+
+
+def _rows(path: Path, file: str) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; those before a damaged one."""
+    try:
+        lines = (path / file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    found: list[dict[str, Any]] = []
+    with suppress(ValueError):
+        found.extend(json.loads(line) for line in lines)
+    return found
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _shade(share: float) -> str:
+    """From one end of Cividis to the other, without its darkest and lightest, which are lost on one of the two themes."""
+    low, high = (58, 96, 138), (222, 190, 60)
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in zip(low, high, strict=True))

@@ -1,0 +1,204 @@
+"""A report as one HTML file that opens from disk, without a network: its script, styles and figures are in it."""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from safe_lab import yaml_core
+from safe_lab.ablation import Comparison, Verdict
+from safe_lab.ablation.comparison import Row
+from safe_lab.ablation.records import Record
+from safe_lab.ablation.show import describe_rules
+from safe_lab.report.charts import Chart, draw_learning_curves, draw_run, draw_trade_off
+from safe_lab.report.source import Source
+from safe_lab.report.tables import figures_of, find_best, format_cell, short_name, warnings_of
+from safe_lab.report.words import describe
+from safe_lab.run_folder import RunFolder
+
+_GOOD = (Verdict.BETTER, Verdict.NO_WORSE)
+_BAD = (Verdict.WORSE, Verdict.NO_RUNS)
+_MOST_EVENTS = 200
+_ENVIRONMENT = ("time", "commit", "python", "platform", "processor", "processors", "threads", "devices", "packages")
+
+
+def write_page(source: Source) -> str:
+    """The whole page.
+
+    Raises:
+        ImportError: plotly is not installed.
+    """
+    from plotly.offline import get_plotlyjs
+
+    figures = _Figures()
+    body = "\n".join(_sections(source, figures))
+    folder = files("safe_lab.report")
+    title = _escape(source.name)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # Nothing is to be fetched: a page that names an address, in the text of some data set, stays what it is.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
+        "style-src 'unsafe-inline'; img-src data: blob:\">\n"
+        f"<title>{title}</title>\n<style>\n{(folder / 'page.css').read_text()}</style>\n</head>\n<body>\n{body}\n"
+        f"{figures.scripts()}\n<script>{get_plotlyjs()}</script>\n<script>\n{(folder / 'page.js').read_text()}</script>\n"
+        "</body>\n</html>\n"
+    )
+
+
+class _Figures:
+    """Figures of the page, which its script draws once they are looked at."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+
+    def place(self, chart: Chart) -> str:
+        """Where a figure is drawn."""
+        name = f"figure-{len(self._texts)}"
+        # "</script>" in some text would end the element it stands in.
+        text = str(chart.figure.to_json()).replace("<", "\\u003c")
+        self._texts.append(f'<script type="application/json" id="{name}">{text}</script>')
+        return (
+            f'<figure><h3>{_escape(chart.title)}</h3><p class="note">{_escape(chart.note)}</p>'
+            f'<div class="chart" data-figure="{name}" role="img" aria-label="{_escape(chart.title)}"></div></figure>'
+        )
+
+    def scripts(self) -> str:
+        """What they are drawn from."""
+        return "\n".join(self._texts)
+
+
+def _sections(source: Source, figures: _Figures) -> Iterator[str]:
+    comparison = source.comparison
+    num_runs = sum(not record.fault for record in source.records)
+    yield f"<h1>{_escape(source.name)}</h1>"
+    yield f'<p class="note">{num_runs} runs, {len(comparison.rows)} variants; written {time.strftime("%Y-%m-%d %H:%M")}</p>'
+    yield _verdicts(comparison)
+    faults = warnings_of(comparison)
+    if faults:
+        yield f'<ul class="warnings">{"".join(f"<li>{_escape(fault)}</li>" for fault in faults)}</ul>'
+    yield "<h2>Variants</h2>"
+    yield _table(comparison)
+    yield f'<p class="rules">{_escape(describe_rules(comparison))}</p>'
+    charts = [draw_trade_off(comparison), draw_learning_curves(source.records, comparison.rules.metric)]
+    shown = "".join(figures.place(chart) for chart in charts if chart is not None)
+    if shown:
+        yield f'<h2>At a glance</h2><div class="charts">{shown}</div>'
+    yield "<h2>Run by run</h2>"
+    yield from _runs(source.records, figures)
+    yield "<h2>What the variants change</h2>"
+    yield _changes(comparison)
+    yield "<h2>Where it was made, and how to make it again</h2>"
+    yield from _origin(source)
+
+
+def _verdicts(comparison: Comparison) -> str:
+    verdicts = {row.variant: row.verdict for row in comparison.rows}
+    items = []
+    for variant, sentence in describe(comparison):
+        kind = "good" if verdicts[variant] in _GOOD else "bad" if verdicts[variant] in _BAD else "unsure"
+        items.append(f'<li class="{kind}"><strong>{_escape(variant)}</strong>: {_escape(sentence)}</li>')
+    return f'<ul class="verdicts">{"".join(items)}</ul>'
+
+
+def _table(comparison: Comparison) -> str:
+    figures = figures_of(comparison)
+    headings = [
+        _heading("variant", "text"),
+        *(_heading(short_name(figure)) for figure in figures),
+        _heading("verdict", "text"),
+    ]
+    rows = "".join(_table_row(row, comparison, figures) for row in comparison.rows)
+    return (
+        f'<div class="scroll"><table class="sortable"><thead><tr>{"".join(headings)}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _heading(name: str, kind: str = "") -> str:
+    return f'<th scope="col" class="{kind}"><button type="button">{_escape(name)}</button></th>'
+
+
+def _table_row(row: Row, comparison: Comparison, figures: Sequence[str]) -> str:
+    cells = [f'<td data-value="{_escape(row.variant)}">{_escape(row.variant)}</td>']
+    for figure in figures:
+        cell = row.cells.get(figure)
+        value, difference = format_cell(row, figure)
+        best = ' class="best"' if find_best(comparison, figure) == row.variant else ""
+        below = f"<small>{_escape(difference)}</small>" if difference else ""
+        number = "" if cell is None else repr(cell.mean)
+        cells.append(f'<td{best} data-value="{number}">{_escape(value)}{below}</td>')
+    said = "baseline" if row.verdict == Verdict.BASELINE else f"{row.verdict}: {row.reason}"
+    cells.append(f'<td class="text" data-value="{_escape(row.verdict)}">{_escape(said)}</td>')
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _runs(records: Iterable[Record], figures: _Figures) -> Iterator[str]:
+    """Of each variant its first run that has finished."""
+    shown: set[str] = set()
+    for record in records:
+        if record.fault or record.variant in shown:
+            continue
+        # The first variant is open, as what is to be seen there is not plain from a heading.
+        is_open = "" if shown else " open"
+        shown.add(record.variant)
+        charts = "".join(figures.place(chart) for chart in draw_run(record))
+        yield (
+            f"<details{is_open}><summary>{_escape(record.variant)}, seed {record.seed}</summary>"
+            f'<div class="charts">{charts}</div>{_events(record)}</details>'
+        )
+
+
+def _events(record: Record) -> str:
+    try:
+        rows = RunFolder(record.path, writes=False).rows("events.jsonl")
+    except (OSError, ValueError):
+        rows = []
+    if not rows:
+        return "<p>Nothing froze.</p>"
+    items = [
+        f"<li>step {row['step']} (epoch {row['epoch']:.3g}): {_escape(', '.join(row['units']))}; "
+        f"{row['frozen_share']:.0%} of the units frozen, depth {row['frozen_depth']}</li>"
+        for row in rows[:_MOST_EVENTS]
+    ]
+    more = f"<li>and {len(rows) - _MOST_EVENTS} more</li>" if len(rows) > _MOST_EVENTS else ""
+    return f"<h3>What happened</h3><ul>{''.join(items)}{more}</ul>"
+
+
+def _changes(comparison: Comparison) -> str:
+    rows = [
+        f"<tr><td>{_escape(row.variant)}</td><td class='text'>{_escape(key)}</td>"
+        f"<td class='text'>{_escape(_plain(before))}</td><td class='text'>{_escape(_plain(after))}</td></tr>"
+        for row in comparison.rows
+        for key, (before, after) in row.changes.items()
+    ]
+    if not rows:
+        return "<p>Nothing that could be read.</p>"
+    heads = "".join(
+        f'<th class="text">{_escape(name)}</th>' for name in ("variant", "setting", comparison.baseline, "variant's")
+    )
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _origin(source: Source) -> Iterator[str]:
+    yield f"<pre>{_escape(source.command)}</pre>"
+    environment = next((record.environment for record in source.records if record.environment), {})
+    if environment:
+        shown = {key: environment[key] for key in _ENVIRONMENT if key in environment}
+        yield f"<details><summary>Environment</summary><pre>{_escape(yaml_core.write(shown))}</pre></details>"
+    folders = "\n".join(str(record.path) for record in source.records)
+    yield f"<details><summary>Run folders</summary><pre>{_escape(folders)}</pre></details>"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(value)
+    return "" if value is None else str(value)
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=True)

@@ -1,0 +1,109 @@
+"""What a report is about: runs, an experiment, or several, read from their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safe_lab import ablation, yaml_core
+from safe_lab.ablation import Comparison, Experiment, Rules
+from safe_lab.ablation.experiment_file import FIGURES, check_experiment
+from safe_lab.ablation.records import Record, find_runs, read_experiment, read_record
+from safe_lab.section import ConfigError
+from safe_lab.suggest import did_you_mean
+
+_EXPERIMENT = "experiment.yaml"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a report is about.
+
+    Attributes:
+        name: Of the experiment, or the folders.
+        records: The runs, missing ones among them where an experiment says which there should be.
+        comparison: Of their variants.
+        command: What makes them again.
+    """
+
+    name: str
+    records: Sequence[Record]
+    comparison: Comparison
+    command: str
+
+
+def read_source(
+    paths: Sequence[Path], *, baseline: str | None = None, metric: str | None = None, margin: float | None = None
+) -> Source:
+    """Read run folders, or the folder or file of an experiment.
+
+    Args:
+        paths: Run folders, folders above them, or one experiment's folder or YAML file.
+        baseline: Variant that the others are held against, instead of the experiment's, or of the first.
+        metric: Figure that says how good a run is, instead of the experiment's or the task's own.
+        margin: Of non-inferiority, instead of the experiment's.
+
+    Raises:
+        ConfigError: There are no runs, they are of different tasks, or there is no such variant or figure.
+    """
+    experiment = _find_experiment(paths)
+    if experiment is not None:
+        records: list[Record] = read_experiment(experiment, {})
+        name, command = experiment.name, f"safe-lab ablate {paths[0] if paths[0].is_file() else paths[0] / _EXPERIMENT}"
+        settings = experiment.settings
+        rules = Rules(experiment.metric, settings.figures, settings.margin, settings.confidence, settings.test)
+        baseline = baseline or experiment.baseline
+    else:
+        records = _name_apart([read_record(path) for path in find_runs(paths)])
+        name = ", ".join(dict.fromkeys(record.path.parents[1].name for record in records))
+        command = "safe-lab train " + " ".join(str(record.path / "config.yaml") for record in records[:1])
+        main = next((record.result["main_metric"] for record in records if not record.fault), None)
+        rules = Rules(main or "validation/loss", FIGURES)
+    _check_one_task(records)
+    variants = list(dict.fromkeys(record.variant for record in records))
+    chosen = baseline or ("none" if "none" in variants else variants[0])
+    if chosen not in variants:
+        raise ConfigError(f"{chosen!r} is no variant{did_you_mean(chosen, variants)}; there are {', '.join(variants)}")
+    metric = metric or rules.metric
+    figures = tuple(figure for figure in rules.figures if figure != metric)
+    rules = Rules(metric, figures, margin or rules.margin, rules.confidence, rules.test)
+    if all(record.figure(metric) is None for record in records if not record.fault):
+        raise ConfigError(f"{metric!r}: no run has this figure")
+    return Source(name, records, ablation.compare(records, rules, chosen), command)
+
+
+def _find_experiment(paths: Sequence[Path]) -> Experiment | None:
+    if len(paths) != 1:
+        return None
+    path = paths[0]
+    if path.is_file():
+        return ablation.load(path)
+    written = path / _EXPERIMENT
+    if not written.is_file():
+        return None
+    experiment = check_experiment(yaml_core.parse(written.read_text(encoding="utf-8")))
+    if experiment.folder.resolve() != path.resolve():
+        # It was moved, or is read from elsewhere: what lies there is what is reported.
+        return None
+    return experiment
+
+
+def _name_apart(records: Sequence[Record]) -> list[Record]:
+    """With the experiment in the name of a variant, where two experiments have one of that name and seed."""
+    from dataclasses import replace
+
+    places = {(record.variant, record.seed) for record in records}
+    if len(places) == len(records):
+        return list(records)
+    named = [replace(record, variant=f"{record.path.parents[1].name}/{record.variant}") for record in records]
+    if len({(record.variant, record.seed) for record in named}) < len(named):
+        raise ConfigError("two runs are of one experiment, variant and seed; give reports of them apart")
+    return named
+
+
+def _check_one_task(records: Sequence[Record]) -> None:
+    tasks = {record.config.data.task: record for record in records if record.config is not None}
+    if len(tasks) > 1:
+        listed = "; ".join(f"{task} in {record.path}" for task, record in tasks.items())
+        raise ConfigError(f"runs of different tasks do not compare: {listed}")

@@ -1,0 +1,150 @@
+"""The table of variants as Markdown for a README, as CSV for a spreadsheet, and as LaTeX for a paper."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from safe_lab.ablation import Comparison, Verdict
+from safe_lab.ablation.comparison import Row
+from safe_lab.ablation.show import difference_of, format_difference, format_interval
+from safe_lab.figures import direction_of, format_figure
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "_": r"\_",
+        "%": r"\%",
+        "&": r"\&",
+        "#": r"\#",
+        "$": r"\$",
+        "{": r"\{",
+        "}": r"\}",
+        "^": r"\textasciicircum{}",
+        "~": r"\textasciitilde{}",
+        "\N{MINUS SIGN}": "$-$",
+        "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    }
+)
+
+
+def figures_of(comparison: Comparison) -> list[str]:
+    """The figures that some run has, the metric first."""
+    rules = comparison.rules
+    return [figure for figure in (rules.metric, *rules.figures) if any(figure in row.cells for row in comparison.rows)]
+
+
+def find_best(comparison: Comparison, figure: str) -> str | None:
+    """The variant with the best mean of a figure; None of one that is neither good nor bad, or where all are alike."""
+    sign = direction_of(figure)
+    means = {row.variant: row.cells[figure].mean for row in comparison.rows if figure in row.cells}
+    if not sign or len(set(means.values())) < 2:
+        return None
+    return max(means, key=lambda variant: sign * means[variant])
+
+
+def short_name(figure: str) -> str:
+    """A figure's name as a heading."""
+    return figure.removeprefix("resources/").removesuffix("_bytes").replace("_", " ").replace("/", " ")
+
+
+def format_cell(row: Row, figure: str) -> tuple[str, str]:
+    """A variant's figure with its spread, and its difference to the baseline with its interval; empty where there is none."""
+    cell, found = row.cells.get(figure), difference_of(row, figure)
+    if cell is None:
+        return "", ""
+    value = format_figure(figure, cell.mean)
+    if cell.spread is not None:
+        value += f" \N{PLUS-MINUS SIGN} {format_figure(figure, cell.spread)}"
+    if found is None:
+        return value, ""
+    interval = format_interval(figure, found)
+    return value, format_difference(figure, found) + (f" ({interval})" if interval else "")
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """A table for a README."""
+    figures = figures_of(comparison)
+    lines = [
+        ["variant", *(short_name(figure) for figure in figures), "verdict"],
+        ["---", *("---:" for _ in figures), "---"],
+    ]
+    for row in comparison.rows:
+        cells = []
+        for figure in figures:
+            value, difference = format_cell(row, figure)
+            shown = f"**{value}**" if value and find_best(comparison, figure) == row.variant else value
+            cells.append(f"{shown}<br>{difference}" if difference else shown)
+        lines.append([row.variant, *cells, _verdict(row)])
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def to_csv(comparison: Comparison) -> str:
+    """A row for each variant, seed and figure, and one without seed for the mean: plain numbers."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    heading = (
+        "variant",
+        "figure",
+        "seed",
+        "value",
+        "spread",
+        "difference",
+        "low",
+        "high",
+        "p",
+        "p_corrected",
+        "verdict",
+    )
+    writer.writerow(heading)
+    for row in comparison.rows:
+        for figure, cell in row.cells.items():
+            found = cell.difference
+            numbers = (found.mean, found.low, found.high, found.p, found.p_corrected) if found else [None] * 5
+            verdict = row.verdict if figure == comparison.rules.metric else None
+            writer.writerow([row.variant, figure, None, cell.mean, cell.spread, *numbers, verdict])
+            for seed, value in cell.by_seed.items():
+                writer.writerow([row.variant, figure, seed, value, None, (found.by_seed.get(seed) if found else None)])
+        for seed, fault in row.faults.items():
+            writer.writerow([row.variant, None, seed, None, None, None, None, None, None, None, f"not in it: {fault}"])
+    return stream.getvalue()
+
+
+def to_latex(comparison: Comparison) -> str:
+    """A table for a paper (package booktabs): the best in bold, intervals below in small print."""
+    figures = figures_of(comparison)
+    lines = [
+        rf"\begin{{tabular}}{{l{'r' * len(figures)}}}",
+        r"\toprule",
+        " & ".join(["variant", *(_escape(short_name(figure)) for figure in figures)]) + r" \\",
+        r"\midrule",
+    ]
+    for row in comparison.rows:
+        values, differences = [], []
+        for figure in figures:
+            value, difference = (_escape(part) for part in format_cell(row, figure))
+            values.append(rf"\textbf{{{value}}}" if value and find_best(comparison, figure) == row.variant else value)
+            differences.append(rf"{{\scriptsize {difference}}}" if difference else "")
+        lines.append(" & ".join([_escape(row.variant), *values]) + r" \\")
+        if any(differences):
+            lines.append(" & ".join(["", *differences]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _verdict(row: Row) -> str:
+    return "" if row.verdict == Verdict.BASELINE else f"{row.verdict}: {row.reason}"
+
+
+def _escape(text: str) -> str:
+    return text.translate(_LATEX)
+
+
+def warnings_of(comparison: Comparison) -> Sequence[str]:
+    """What is not in the table, and what stands against it."""
+    faults = [
+        f"{row.variant}, seed {seed}, is not in it: {fault}"
+        for row in comparison.rows
+        for seed, fault in row.faults.items()
+    ]
+    return [*faults, *comparison.warnings]

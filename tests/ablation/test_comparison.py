@@ -1,0 +1,147 @@
+"""Variants held against a baseline: worked cases, and what is said where little can be said."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from safe_lab.ablation.comparison import Rules, Verdict, compare
+from safe_lab.ablation.records import Record
+from safe_lab.statistics import mean_interval, p_value
+
+ACCURACY, FLOPS = "validation/accuracy", "resources/flops"
+RULES = Rules(ACCURACY, (FLOPS, "frozen_share"))
+ENVIRONMENT = {"processor": "a processor", "threads": 2, "packages": {"torch": "2.13"}}
+
+
+def record(variant, seed, accuracy, flops=1e12, *, fault="", rows="same", **environment):
+    result = {
+        "metrics": {ACCURACY: accuracy},
+        "resources": {"flops": flops, "joules": None},
+        "frozen_share": 0.5,
+        "fingerprints": {"base": "same", "training": rows},
+    }
+    return Record(variant, seed, Path("nowhere"), None, result, fault, ENVIRONMENT | environment)
+
+
+def records(variant, accuracies, flops=1e12):
+    return [record(variant, seed, value, flops) for seed, value in enumerate(accuracies)]
+
+
+def judge(differences, **rules):
+    """What is said of a variant that differs from the baseline so at each seed."""
+    base = [0.8 + 0.01 * seed for seed in range(len(differences))]
+    ours = [value + difference for value, difference in zip(base, differences, strict=True)]
+    chosen = Rules(ACCURACY, (), **rules)
+    return compare([*records("none", base), *records("cka", ours)], chosen, "none").row("cka")
+
+
+def test_means_spreads_and_paired_differences_are_worked_ones():
+    found = compare([*records("none", [0.8, 0.9]), *records("cka", [0.83, 0.91], 5e11)], RULES, "none")
+    cell = found.row("cka").cells[ACCURACY]
+    assert cell.mean == pytest.approx(0.87)
+    assert cell.spread == pytest.approx(0.08 / math.sqrt(2))
+    assert list(cell.difference.by_seed.values()) == pytest.approx([0.03, 0.01])
+    assert cell.difference.mean == pytest.approx(0.02)
+    interval = mean_interval([0.03, 0.01])
+    assert (cell.difference.low, cell.difference.high) == pytest.approx((interval.low, interval.high))
+    assert cell.difference.p == pytest.approx(p_value([0.03, 0.01])) == 0.5
+    assert not cell.difference.is_relative
+    assert found.row("none").cells[ACCURACY].difference is None
+    assert found.row("none").verdict == Verdict.BASELINE
+
+
+def test_costs_are_compared_by_factors():
+    base = [record("none", seed, 0.8, flops) for seed, flops in enumerate((1e12, 2e12))]
+    ours = [record("cka", seed, 0.8, flops) for seed, flops in enumerate((5e11, 4e12))]
+    cell = compare([*base, *ours], RULES, "none").row("cka").cells[FLOPS]
+    assert cell.difference.is_relative
+    assert list(cell.difference.by_seed.values()) == pytest.approx([-0.5, 1.0])
+    # To a half and to the double: no difference on average.
+    assert cell.difference.mean == pytest.approx(0.0, abs=1e-12)
+
+
+def test_only_seeds_that_both_have_are_compared_and_what_is_left_out_is_told():
+    runs = [*records("none", [0.8, 0.8, 0.8]), *records("cka", [0.9, 0.9])]
+    runs += [record("cka", 2, 0.0, fault="stopped: NaN"), record("cka", 3, 0.7)]
+    row = compare(runs, RULES, "none").row("cka")
+    assert list(row.cells[ACCURACY].difference.by_seed) == [0, 1]
+    assert list(row.cells[ACCURACY].by_seed) == [0, 1, 3]
+    assert row.faults == {2: "stopped: NaN"}
+
+
+def test_a_figure_that_no_run_has_is_left_out():
+    rules = Rules(ACCURACY, ("resources/joules",))
+    found = compare([*records("none", [0.8]), *records("cka", [0.9])], rules, "none")
+    assert list(found.row("cka").cells) == [ACCURACY]
+
+
+def test_p_is_corrected_over_the_variants():
+    base = records("none", [0.5] * 6)
+    rising = [0.51 + 0.001 * seed for seed in range(6)]
+    runs = [*base, *records("cka", rising), *records("fisher", rising), *records("depth", [0.5, 0.52, 0.48] * 2)]
+    found = compare(runs, RULES, "none")
+    differences = [found.row(name).cells[ACCURACY].difference for name in ("cka", "fisher", "depth")]
+    assert [difference.p for difference in differences[:2]] == [2 / 64] * 2
+    assert [difference.p_corrected for difference in differences[:2]] == [pytest.approx(6 / 64)] * 2
+    assert differences[2].p_corrected == differences[2].p == 1.0
+
+
+def test_better_and_worse_are_said_where_p_says_so():
+    up = [0.01 + 0.001 * seed for seed in range(8)]
+    assert judge(up).verdict == Verdict.BETTER
+    assert judge([-value for value in up]).verdict == Verdict.WORSE
+    assert judge([-value for value in up], margin=0.005).verdict == Verdict.WORSE
+    # Worse beyond chance, but by less than anybody asked.
+    small = judge([-value / 10 for value in up], margin=0.01)
+    assert small.verdict == Verdict.NO_WORSE
+    assert "within the margin" in small.reason
+
+
+def test_no_worse_is_said_where_the_interval_lies_within_the_margin():
+    even = [0.001, -0.002, 0.002, -0.001, 0.0]
+    found = judge(even, margin=0.01)
+    assert found.verdict == Verdict.NO_WORSE
+    assert found.p_worse == 1 / 32
+    assert judge(even, margin=0.001).verdict == Verdict.NOT_ENOUGH_SEEDS
+    assert judge(even).verdict == Verdict.NOT_ENOUGH_SEEDS
+    assert judge([*even, 0.001, -0.001, 0.0]).verdict == Verdict.NO_DIFFERENCE_FOUND
+
+
+def test_of_a_loss_less_is_better():
+    base = [record("none", seed, 0.5) for seed in range(8)]
+    ours = [record("cka", seed, 0.4 - 0.001 * seed) for seed in range(8)]
+    for entry in (*base, *ours):
+        entry.result["metrics"]["validation/loss"] = entry.result["metrics"][ACCURACY]
+    for margin in (None, 0.01):
+        rules = Rules("validation/loss", (), margin=margin)
+        assert compare([*base, *ours], rules, "none").row("cka").verdict == Verdict.BETTER
+        assert compare([*base, *ours], rules, "cka").row("none").verdict == Verdict.WORSE
+
+
+def test_a_single_seed_and_no_common_seed_say_so():
+    assert judge([0.1]).verdict == Verdict.NOT_ENOUGH_SEEDS
+    assert "one seed" in judge([0.1], margin=0.01).reason
+    row = compare([record("none", 0, 0.8), record("cka", 1, 0.9)], RULES, "none").row("cka")
+    assert row.verdict == Verdict.NO_RUNS
+
+
+def test_how_many_seeds_would_do_is_told():
+    said = judge([0.02, -0.03, 0.01, -0.02], margin=0.01).reason
+    assert "0.01 is the margin; with " in said
+    assert "which the mean is below" in judge([-0.02, -0.06, -0.03], margin=0.01).reason
+
+
+def test_runs_that_are_no_pairs_or_of_other_machines_are_told():
+    runs = [record("none", 0, 0.8), record("cka", 0, 0.8, rows="others", threads=1)]
+    first, second = compare(runs, RULES, "none").warnings
+    assert "cka, seed 0: other training than none" in first
+    assert "a processor, 1 threads" in second
+    assert not compare(runs[:1], RULES, "none").warnings
+
+
+def test_a_comparison_is_plain_values():
+    found = compare([*records("none", [0.8, 0.9]), *records("cka", [0.83, 0.91])], RULES, "none").to_dict()
+    assert found["rows"][1]["verdict"] == Verdict.NOT_ENOUGH_SEEDS
+    assert SimpleNamespace(**found).baseline == "none"

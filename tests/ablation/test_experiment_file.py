@@ -1,0 +1,122 @@
+"""Experiment files: what they come to, and what is wrong is told at once."""
+
+from pathlib import Path
+
+import pytest
+
+from safe_lab import ablation, yaml_core
+from safe_lab.config import warnings
+from safe_lab.section import ConfigError
+
+SHIPPED = sorted((Path(__file__).parents[2] / "experiments" / "ablations").glob("*.yaml"))
+
+
+@pytest.fixture
+def read(tiny_tree, tmp_path):
+    """Read an experiment file with some keys changed."""
+    base = {key: value for key, value in tiny_tree.items() if key != "name"}
+    tree = {
+        "name": "metrics",
+        "base": base,
+        "variants": {"none": {"freezing.policy": "none"}, "cka": {}, "fisher": {"freezing.metric": "fisher"}},
+        "seeds": 2,
+    }
+    path = tmp_path / "experiment.yaml"
+
+    def load(*overrides, **changes):
+        path.write_text(yaml_core.write(tree | changes))
+        return ablation.load(path, overrides)
+
+    return load
+
+
+def test_runs_are_variants_by_seeds_all_variants_of_a_seed_first(read):
+    experiment = read()
+    assert experiment.runs == [(variant, seed) for seed in (0, 1) for variant in ("none", "cka", "fisher")]
+    config = experiment.config_of("fisher", 1)
+    assert (config.freezing.metric, config.seed, config.variant, config.name) == ("fisher", 1, "fisher", "metrics")
+    assert config.run_folder == experiment.folder / "fisher" / "seed-1"
+    assert (experiment.baseline, experiment.metric) == ("none", "validation/accuracy")
+
+
+def test_a_grid_makes_a_variant_of_each_combination(read):
+    experiment = read(grid={"freezing.curve": ["linear", "step"], "freezing.final_threshold": [0.1, 0.5]})
+    assert list(experiment.variants)[3:] == [
+        f"{curve},final_threshold={value}" for curve in ("linear", "step") for value in (0.1, 0.5)
+    ]
+    config = experiment.config_of("step,final_threshold=0.5", 0)
+    assert (config.freezing.curve, config.freezing.final_threshold) == ("step", 0.5)
+
+
+def test_settings_and_overrides_are_for_all_variants(read):
+    experiment = read("training.epochs=7", settings={"training.batch_size": 4})
+    config = experiment.config_of("cka", 0)
+    assert (config.training.epochs, config.training.batch_size) == (7, 4)
+
+
+def test_an_experiment_may_be_given_another_name_and_baseline(read, tmp_path):
+    experiment = read("name=again")
+    assert experiment.folder.name == experiment.config_of("cka", 0).name == "again"
+    assert ablation.load(tmp_path / "experiment.yaml", baseline="cka").baseline == "cka"
+    with pytest.raises(ConfigError, match="'ckb' is no variant; did you mean cka"):
+        ablation.load(tmp_path / "experiment.yaml", baseline="ckb")
+    with pytest.raises(ConfigError, match="no plain folder name"):
+        read("name=../up")
+
+
+def test_the_base_may_be_the_yaml_of_a_run(read, tiny_tree, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml_core.write(tiny_tree | {"variant": "other", "seed": 5}))
+    config = read(base="run.yaml").config_of("cka", 1)
+    assert (config.name, config.variant, config.seed) == ("metrics", "cka", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"variants": {}}, "variants: there is none"),
+        (
+            {"variants": {"a": {"freezing.metrik": "cka"}}},
+            "variants.a: freezing.metrik: unknown key; did you mean metric?",
+        ),
+        ({"variants": {"a": {"freezing.metric": "fischer"}}}, "did you mean fisher"),
+        ({"variants": {"a": {}, "b": {"freezing.metric": "cka"}}}, "a and b come to the same configuration"),
+        ({"variants": {"a": {"seed": 3}}}, "variants.a: seed: not for variants"),
+        ({"variants": {"../a": {}}}, "no plain folder name"),
+        ({"grid": {"freezing.metric": ["none"]}}, "grid: a variant is called none already"),
+        ({"grid": {"freezing.curve": []}}, "grid"),
+        ({"baseline": "nome"}, "baseline: 'nome' is no variant; did you mean none?"),
+        ({"metric": "validation/acuracy"}, "did you mean validation/accuracy"),
+        ({"metric": "test/accuracy"}, "is of a test split"),
+        ({"figures": ["resources/flop"]}, "did you mean resources/flops"),
+        ({"figures": ["frozen_share", "frozen_share"]}, "a figure stands twice"),
+        ({"seeds": [1, 1]}, "a seed stands twice"),
+        ({"margin": 0}, "margin"),
+        ({"confidence": 95}, "confidence"),
+        ({"test": "t"}, "test"),
+        ({"settings": {"training.epoch": 3}}, "did you mean epochs"),
+        ({"variant": {}}, "variant: unknown key; did you mean variants?"),
+        (
+            {"variants": {"a": {}, "b": {"data.task": "sst2"}}},
+            "they are of different tasks, which nothing compares: classification, sst2",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_first_run(read, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        read(**changes)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_experiments_load_and_none_of_their_variants_is_warned_of(path):
+    experiment = ablation.load(path)
+    assert {variant: warnings(experiment.config_of(variant, 0)) for variant in experiment.variants} == {
+        variant: [] for variant in experiment.variants
+    }
+    assert len(experiment.runs) >= 12
+
+
+def test_an_experiment_that_was_written_down_reads_as_it_was(read):
+    experiment = read("training.epochs=7", grid={"freezing.curve": ["linear"]})
+    again = ablation.check_experiment(experiment.to_dict())
+    assert again.runs == experiment.runs
+    assert all(again.config_of(*run) == experiment.config_of(*run) for run in experiment.runs)
