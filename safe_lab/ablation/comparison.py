@@ -14,13 +14,10 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
-from safe_lab.ablation.records import Record
+from safe_lab.ablation.records import PLACE, Record
 from safe_lab.figures import direction_of, is_cost
 from safe_lab.run_folder import changed_keys
 from safe_lab.statistics import Test, correct, effect_size, mean_interval, p_value, seeds_needed, smallest_p, spread
-
-# What makes a variant's configuration another run's, and is none of its settings.
-_PLACE = ("name", "variant", "seed", "output_dir", "tracking")
 
 
 class Verdict(StrEnum):
@@ -296,7 +293,7 @@ def _changes(base: Sequence[Record], runs: Sequence[Record]) -> dict[str, tuple[
     if configs[0] is None or configs[1] is None:
         return {}
     found = changed_keys(configs[0], configs[1])
-    return {key: values for key, values in found.items() if key.partition(".")[0] not in _PLACE}
+    return {key: values for key, values in found.items() if key.partition(".")[0] not in PLACE}
 
 
 def _find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) -> list[str]:

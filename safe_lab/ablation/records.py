@@ -12,9 +12,11 @@ from safe_lab import config as configuration
 from safe_lab.ablation.experiment_file import Experiment
 from safe_lab.config import Config
 from safe_lab.figures import read_figure
+from safe_lab.run_folder import changed_keys
 from safe_lab.section import ConfigError
-from safe_lab.trainings import find_other_run
 
+# What makes a configuration another run's, and is none of its settings.
+PLACE = ("name", "variant", "seed", "output_dir", "tracking")
 # Of a result.json that this version can compare.
 _NEEDED = ("metrics", "main_metric", "resources", "fingerprints", "frozen_share", "frozen_depth")
 
@@ -87,8 +89,8 @@ def read_experiment(experiment: Experiment, failures: Mapping[tuple[str, int], s
     for run in experiment.runs:
         config = experiment.config_of(*run)
         path = config.run_folder
-        other = find_other_run(config)
-        result, fault = ({}, f"of another configuration: {other}") if other else _read_result(path)
+        other = _find_change(path, config)
+        result, fault = ({}, other) if other else _read_result(path)
         if run in failures:
             fault = failures[run]
         records.append(Record(*run, path, config, result, fault, _read_environment(path)))
@@ -112,6 +114,22 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             raise ConfigError(f"{path}: there is no run folder, here or below")
         found |= dict.fromkeys(run.resolve() for run in runs)
     return list(found)
+
+
+def _find_change(path: Path, config: Config) -> str:
+    """Where the run in a folder is not the one that is asked for; empty if it is, or there is none."""
+    if not (path / "config.yaml").is_file():
+        return ""
+    try:
+        before = configuration.load(path / "config.yaml")
+    except ConfigError as error:
+        return f"this version cannot read its config.yaml: {str(error).splitlines()[0]}"
+    changed = [
+        f"{key}: {there} there, {here} here"
+        for key, (there, here) in changed_keys(before, config).items()
+        if key.partition(".")[0] not in PLACE
+    ]
+    return f"it is of another configuration: {'; '.join(changed)}" if changed else ""
 
 
 def _read_result(path: Path) -> tuple[Mapping[str, Any], str]:

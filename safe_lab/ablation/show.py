@@ -113,7 +113,13 @@ def format_interval(figure: str, found: Difference) -> str:
 
 
 def _signed(figure: str, value: float, is_relative: bool) -> str:
-    amount = f"{abs(value):.1%}".replace("%", " %") if is_relative else format_figure(figure, abs(value))
+    if is_relative:
+        amount = f"{abs(value):.1%}".replace("%", " %")
+    elif abs(value) < 1:
+        # Of a share, or a loss: its fourth figure tells nothing at any number of rows that is evaluated.
+        amount = f"{abs(value):.4f}"
+    else:
+        amount = format_figure(figure, abs(value))
     return f"{'+' if value > 0 else _MINUS if value < 0 else ''}{amount}"
 
 

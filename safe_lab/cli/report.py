@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from safe_lab.cli.words import BAD_INPUT, Parser, refuse
+from safe_lab.cli.words import Parser, refuse
 
 FORMATS = ("html", "md", "csv", "latex")
 
@@ -54,9 +54,6 @@ def report(arguments: Sequence[str]) -> int:
         text = tables[form](source.comparison) if form in tables else reporting.write_page(source)
     except ConfigError as error:
         return refuse(error)
-    except ImportError as error:
-        print(f'{error}; pip install "safe-lab[sharpness]" brings what pages need', file=sys.stderr)
-        return BAD_INPUT
     if chosen.output is None:
         print(text, end="")
         return 0

@@ -131,11 +131,11 @@ def draw_learning_curves(records: Sequence[Record], metric: str) -> Chart | None
 def draw_run(record: Record) -> Iterator[Chart]:
     """What happened in a run: when what froze, its scores, and what it cost over time."""
     rows = _rows(record.path, "importance.jsonl")
-    if rows:
+    scored = [row for row in rows if row["normalized_score"] is not None]
+    if scored or any(row["frozen"] for row in rows):
         yield _draw_timeline(rows)
-        scored = [row for row in rows if row["score"] is not None]
-        if scored:
-            yield _draw_scores(scored)
+    if scored:
+        yield _draw_scores(scored)
     logged = [row for row in _rows(record.path, "metrics.jsonl") if "resources/wall_seconds" in row]
     if logged:
         for prefix, suffix, heading, scale in _STACKS:
@@ -161,7 +161,14 @@ def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
         if look(depth, scoring, "frozen") and (before is None or not look(depth, before, "frozen"))
     ]
     labels = [f"{scoring} ({epochs[scoring]:.3g})" for scoring in scorings]
-    scores = [[look(depth, scoring, "normalized_score") for scoring in scorings] for depth in depths]
+    has_scores = any(row["normalized_score"] is not None for row in rows)
+    scores = [
+        [
+            look(depth, scoring, "normalized_score") if has_scores else float(bool(look(depth, scoring, "frozen")))
+            for scoring in scorings
+        ]
+        for depth in depths
+    ]
     figure = go.Figure()
     figure.add_heatmap(
         x=labels,
@@ -169,7 +176,7 @@ def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
         z=scores,
         text=[[names[depth]] * len(scorings) for depth in depths],
         colorscale="Cividis",
-        colorbar={"title": "score"},
+        colorbar={"title": "score" if has_scores else "frozen"},
         hovertemplate="%{text}, scoring %{x}: %{z:.4g}<extra></extra>",
         xgap=1,
         ygap=1,
@@ -237,13 +244,19 @@ def _draw_stack(rows: Sequence[Mapping[str, Any]], prefix: str, suffix: str, hea
     thinned = rows[:: max(1, len(rows) // _MOST_POINTS)]
     keys = [key for key in rows[-1] if key.startswith(prefix) and key.endswith(suffix)]
     figure = go.Figure()
-    shown = [key for key in keys if any(row.get(key) for row in rows)]
-    for i, key in enumerate(shown):
+    largest = {key: max(row.get(key) or 0 for row in rows) for key in keys}
+    shown = [key for key in sorted(keys, key=lambda key: -largest[key]) if largest[key]]
+    # As many as there are colours to tell apart; what is small stands together.
+    alone = shown if len(shown) <= len(COLOURS) else shown[: len(COLOURS) - 1]
+    groups = [(key.removeprefix(prefix).removesuffix(suffix), [key]) for key in alone]
+    if len(alone) < len(shown):
+        groups.append(("the rest", shown[len(alone) :]))
+    for i, (name, members) in enumerate(groups):
         figure.add_scatter(
             x=[row["epoch"] for row in thinned],
-            y=[(row.get(key) or 0) / scale for row in thinned],
+            y=[sum(row.get(key) or 0 for key in members) / scale for row in thinned],
             stackgroup="all",
-            name=key.removeprefix(prefix).removesuffix(suffix) if suffix else key.removeprefix(prefix),
+            name=name,
             line={"width": 0.5, "color": _colour(i)},
         )
     figure.update_layout(xaxis_title="epoch", yaxis_title=heading)

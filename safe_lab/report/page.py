@@ -27,11 +27,7 @@ _ENVIRONMENT = ("time", "commit", "python", "platform", "processor", "processors
 
 
 def write_page(source: Source) -> str:
-    """The whole page.
-
-    Raises:
-        ImportError: plotly is not installed.
-    """
+    """The whole page."""
     from plotly.offline import get_plotlyjs
 
     figures = _Figures()
@@ -107,11 +103,8 @@ def _verdicts(comparison: Comparison) -> str:
 
 def _table(comparison: Comparison) -> str:
     figures = figures_of(comparison)
-    headings = [
-        _heading("variant", "text"),
-        *(_heading(short_name(figure)) for figure in figures),
-        _heading("verdict", "text"),
-    ]
+    names = ("variant", "verdict")
+    headings = [*(_heading(name, "text") for name in names), *(_heading(short_name(figure)) for figure in figures)]
     rows = "".join(_table_row(row, comparison, figures) for row in comparison.rows)
     return (
         f'<div class="scroll"><table class="sortable"><thead><tr>{"".join(headings)}</tr></thead>'
@@ -124,7 +117,10 @@ def _heading(name: str, kind: str = "") -> str:
 
 
 def _table_row(row: Row, comparison: Comparison, figures: Sequence[str]) -> str:
-    cells = [f'<td data-value="{_escape(row.variant)}">{_escape(row.variant)}</td>']
+    cells = [
+        f'<td data-value="{_escape(row.variant)}">{_escape(row.variant)}</td>',
+        f'<td class="text" data-value="{_escape(row.verdict)}">{_escape(row.verdict)}</td>',
+    ]
     for figure in figures:
         cell = row.cells.get(figure)
         value, difference = format_cell(row, figure)
@@ -132,8 +128,6 @@ def _table_row(row: Row, comparison: Comparison, figures: Sequence[str]) -> str:
         below = f"<small>{_escape(difference)}</small>" if difference else ""
         number = "" if cell is None else repr(cell.mean)
         cells.append(f'<td{best} data-value="{number}">{_escape(value)}{below}</td>')
-    said = "baseline" if row.verdict == Verdict.BASELINE else f"{row.verdict}: {row.reason}"
-    cells.append(f'<td class="text" data-value="{_escape(row.verdict)}">{_escape(said)}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
 

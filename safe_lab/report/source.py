@@ -82,11 +82,15 @@ def _find_experiment(paths: Sequence[Path]) -> Experiment | None:
     written = path / _EXPERIMENT
     if not written.is_file():
         return None
-    experiment = check_experiment(yaml_core.parse(written.read_text(encoding="utf-8")))
-    if experiment.folder.resolve() != path.resolve():
-        # It was moved, or is read from elsewhere: what lies there is what is reported.
-        return None
-    return experiment
+    try:
+        tree = yaml_core.parse(written.read_text(encoding="utf-8"))
+        # Wherever it has been moved, or is read from.
+        there = {"name": path.resolve().name, "base": tree["base"] | {"output_dir": str(path.resolve().parent)}}
+        return check_experiment(tree | there)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{written}: it is damaged, or of another version ({error}); its runs can be reported without it"
+        ) from None
 
 
 def _name_apart(records: Sequence[Record]) -> list[Record]:

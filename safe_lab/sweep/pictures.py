@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +16,6 @@ from safe_lab.whole_file import whole_file
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-log = logging.getLogger(__name__)
 
 Target = Callable[[FrozenTrial], float]
 # Fewer say nothing of what matters.
@@ -61,7 +57,7 @@ def measure_importance(study: Study, objectives: Mapping[str, str]) -> dict[str,
 def draw(
     study: Study, objectives: Mapping[str, str], importance: Mapping[str, Mapping[str, float]], folder: Path
 ) -> dict[str, go.Figure]:
-    """Write the pages of a study, beside one copy of plotly's script; none without plotly, or a complete trial.
+    """Write the pages of a study, beside one copy of plotly's script; none without a complete trial.
 
     Args:
         study: With its trials.
@@ -73,9 +69,6 @@ def draw(
         The pictures, by the names of the pages.
     """
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        return {}
-    if find_spec("plotly") is None:
-        log.warning('no pictures: pip install "safe-lab[sharpness]" brings plotly')
         return {}
     from plotly.offline import get_plotlyjs
 

@@ -1,0 +1,147 @@
+"""Reports of runs and experiments: what stands in them, what does not, and that text is text."""
+
+import csv
+import io
+import json
+import shutil
+
+import pytest
+
+from safe_lab import config as configuration
+from safe_lab import yaml_core
+from safe_lab.cli import main
+from safe_lab.report import read_source, to_csv, to_latex, to_markdown, write_page
+from safe_lab.section import ConfigError
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def copy(experiment, tmp_path):
+    """The same without its file, to be damaged."""
+    folder = tmp_path / "runs" / "experiment"
+    shutil.copytree(experiment, folder)
+    (folder / "experiment.yaml").unlink()
+    return folder
+
+
+def test_an_experiment_is_reported_by_its_own_rules_with_what_is_missing(experiment):
+    source = read_source([experiment])
+    assert source.comparison.rules.margin == 0.5
+    assert [row.variant for row in source.comparison.rows] == ["none", "cka", "late"]
+    assert source.comparison.row("late").faults == {1: "it is missing"}
+    page = write_page(source)
+    assert "late, seed 1, is not in it: it is missing" in page
+    assert "freezing.final" in page
+    assert len(page) < 8e6
+
+
+def test_an_experiment_that_was_moved_is_reported_where_it_lies(experiment, tmp_path):
+    moved = tmp_path / "elsewhere" / "renamed"
+    shutil.copytree(experiment, moved)
+    source = read_source([moved])
+    assert source.comparison.rules.margin == 0.5
+    assert all(record.path.is_relative_to(moved.resolve()) for record in source.records)
+    (moved / "experiment.yaml").write_text("variants: 3")
+    with pytest.raises(ConfigError, match="it is damaged, or of another version"):
+        read_source([moved])
+
+
+def test_runs_are_reported_by_their_folders_wherever_they_lie(experiment, copy):
+    assert len(read_source([copy]).records) == 5
+    assert len(read_source([copy / "cka"]).records) == 2
+    source = read_source([copy / "cka" / "seed-0"])
+    assert source.comparison.baseline == "cka"
+    assert "safe-lab train" in source.command
+    with pytest.raises(ConfigError, match="two runs are of one experiment, variant and seed"):
+        read_source([copy, experiment / "cka" / "seed-0"])
+    both = read_source([copy.rename(copy.with_name("other")), experiment / "cka" / "seed-0"])
+    assert {record.variant for record in both.records} == {"experiment/cka", "other/cka", "other/late", "other/none"}
+
+
+def test_baseline_metric_and_margin_may_be_chosen(experiment):
+    source = read_source([experiment], baseline="cka", metric="validation/loss", margin=0.1)
+    assert (source.comparison.baseline, source.comparison.rules.metric) == ("cka", "validation/loss")
+    with pytest.raises(ConfigError, match="'cca' is no variant; did you mean cka"):
+        read_source([experiment], baseline="cca")
+    with pytest.raises(ConfigError, match="no run has this figure"):
+        read_source([experiment], metric="validation/f2")
+
+
+def test_what_cannot_be_compared_is_told(copy, tmp_path):
+    with pytest.raises(ConfigError, match="there is no run folder"):
+        read_source([tmp_path / "nowhere"])
+    config = copy / "none" / "seed-0" / "config.yaml"
+    tree = yaml_core.parse(config.read_text())
+    tree["data"] |= {"task": "regression"}
+    config.write_text(yaml_core.write(tree))
+    with pytest.raises(ConfigError, match="runs of different tasks do not compare: .*regression in"):
+        read_source([copy])
+
+
+def test_damaged_runs_are_in_the_report_as_such(copy):
+    (copy / "none" / "seed-0" / "result.json").write_text("{")
+    (copy / "none" / "seed-1" / "result.json").write_text('{"metrics": {}}')
+    (copy / "cka" / "seed-0" / "config.yaml").write_text("freezing: {policy: of-the-future}")
+    (copy / "cka" / "seed-1" / "importance.jsonl").write_text('{"step": 1')
+    (copy / "cka" / "seed-1" / "events.jsonl").write_bytes(b"\xff")
+    (copy / "cka" / "seed-1" / "environment.json").write_text("[]")
+    source = read_source([copy])
+    faults = {row.variant: row.faults for row in source.comparison.rows}
+    assert "cannot be read" in faults["none"][0]
+    assert "of another version: it lacks main_metric" in faults["none"][1]
+    assert "this version cannot read its config.yaml" in faults["cka"][0]
+    page = write_page(source)
+    assert page.count("is not in it") >= 3
+
+
+def test_text_of_configurations_and_data_stays_text(copy):
+    folder = copy / "cka" / "seed-0"
+    tree = yaml_core.parse((folder / "config.yaml").read_text())
+    tree["data"]["text_column"] = HOSTILE
+    (folder / "config.yaml").write_text(yaml_core.write(tree))
+    rows = [json.loads(line) for line in (folder / "importance.jsonl").read_text().splitlines()]
+    (folder / "importance.jsonl").write_text("".join(json.dumps(row | {"unit": HOSTILE}) + "\n" for row in rows))
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    (folder / "events.jsonl").write_text("".join(json.dumps(row | {"units": [HOSTILE]}) + "\n" for row in events))
+    page = write_page(read_source([copy]))
+    assert HOSTILE not in page
+    assert "<img src=x" not in page
+    assert "&lt;img src=x" in page
+
+
+def test_tables_hold_each_variants_figures(experiment):
+    comparison = read_source([experiment]).comparison
+    markdown = to_markdown(comparison)
+    assert markdown.splitlines()[0].startswith("| variant | validation accuracy | memory peak |")
+    assert len({line.count("|") for line in markdown.splitlines()}) == 1
+    rows = list(csv.DictReader(io.StringIO(to_csv(comparison))))
+    found = [row for row in rows if (row["variant"], row["figure"], row["seed"]) == ("cka", "validation/accuracy", "1")]
+    assert float(found[0]["value"]) == comparison.row("cka").cells["validation/accuracy"].by_seed[1]
+    assert any(row["verdict"] == "not in it: it is missing" for row in rows)
+    latex = to_latex(comparison)
+    assert latex.count(r"\\") >= 4
+    assert r"\textbf{" in latex
+    assert "_" not in latex.replace(r"\_", "")
+
+
+def test_the_command_writes_by_the_files_ending(experiment, tmp_path, capsys):
+    for name in ("page.html", "table.md", "table.csv", "table.tex"):
+        assert main(["report", str(experiment), "--output", str(tmp_path / name)]) == 0
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert "booktabs" not in (tmp_path / "table.tex").read_text()
+    assert "tabular" in (tmp_path / "table.tex").read_text()
+    capsys.readouterr()
+    assert main(["report", str(experiment), "--format", "md"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
+    assert main(["report", str(tmp_path / "nowhere"), "--format", "md"]) == 2
+    assert main(["report", str(experiment), "--output", str(tmp_path / "no" / "folder.md")]) == 1
+    with pytest.raises(SystemExit):
+        main(["report", str(experiment)])
+
+
+def test_a_run_without_an_experiment_is_a_report_of_one(experiment, tmp_path):
+    config = configuration.load(experiment / "cka" / "seed-0" / "config.yaml")
+    assert config.variant == "cka"
+    page = write_page(read_source([experiment / "cka" / "seed-0"]))
+    assert "What froze when" in page
