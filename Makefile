@@ -17,7 +17,7 @@ install: .venv/.installed
 	touch $@
 
 demo: install
-	$(BIN)/safe-lab train experiments/quickstart.yaml --overwrite
+	$(BIN)/safe-lab ablate experiments/demo.yaml
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal

@@ -91,10 +91,19 @@ def read_experiment(experiment: Experiment, failures: Mapping[tuple[str, int], s
         path = config.run_folder
         other = _find_change(path, config)
         result, fault = ({}, other) if other else _read_result(path)
-        if run in failures:
+        if fault and run in failures:
             fault = failures[run]
         records.append(Record(*run, path, config, result, fault, _read_environment(path)))
     return records
+
+
+def read_failures(folder: Path) -> dict[tuple[str, int], str]:
+    """Why runs of an experiment were in no comparison when it was last run, by variant and seed."""
+    try:
+        rows = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["rows"]
+        return {(row["variant"], int(seed)): fault for row in rows for seed, fault in row["faults"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:

@@ -27,10 +27,11 @@ def ablate(arguments: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from safe_lab import ablation
+    from safe_lab import ablation, report
     from safe_lab.ablation import show
     from safe_lab.run_folder import to_json
     from safe_lab.section import ConfigError
+    from safe_lab.whole_file import whole_file
 
     errors = Console(stderr=True)
     try:
@@ -45,10 +46,13 @@ def ablate(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the experiment", file=sys.stderr)
         return INTERRUPTED
+    page = experiment.folder / "report.html"
+    with whole_file(page) as stream:
+        stream.write(report.write_page(report.read_source([experiment.folder], baseline=chosen.baseline)).encode())
     if chosen.json:
         print(to_json(comparison.to_dict()))
     else:
         show.print_comparison(comparison, wide_console())
-    print(f"files: {experiment.folder}", file=sys.stderr)
+    print(f"report: {page}", file=sys.stderr)
     # For scripts: nothing can be compared.
     return 1 if all(row.faults and not row.cells for row in comparison.rows) else 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from safe_lab import ablation, yaml_core
 from safe_lab.ablation import Comparison, Experiment, Rules
 from safe_lab.ablation.experiment_file import FIGURES, check_experiment
-from safe_lab.ablation.records import Record, find_runs, read_experiment, read_record
+from safe_lab.ablation.records import Record, find_runs, read_experiment, read_failures, read_record
 from safe_lab.section import ConfigError
 from safe_lab.suggest import did_you_mean
 
@@ -49,7 +49,7 @@ def read_source(
     """
     experiment = _find_experiment(paths)
     if experiment is not None:
-        records: list[Record] = read_experiment(experiment, {})
+        records: list[Record] = read_experiment(experiment, read_failures(experiment.folder))
         name, command = experiment.name, f"safe-lab ablate {paths[0] if paths[0].is_file() else paths[0] / _EXPERIMENT}"
         settings = experiment.settings
         rules = Rules(experiment.metric, settings.figures, settings.margin, settings.confidence, settings.test)

@@ -104,6 +104,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(ablation):
     printed, said = ablation.run(variants=variants, seeds=1)
     assert "lost, seed 0 (2/2) failed: " in said
     assert "lost, seed 0, is not in it: " in printed
+    page = (ablation.folder / "report.html").read_text()
+    assert "lost, seed 0, is not in it: exit code 1" in page
     assert "no runs to compare" in printed
     # It is tried again, and nothing else is.
     before = ablation.ended_at()
