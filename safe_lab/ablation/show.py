@@ -80,11 +80,11 @@ def describe_rules(comparison: Comparison) -> str:
         )
     if most > 1:
         smallest = min(found.smallest_p for found in differences)
-        corrected = min(1.0, smallest * num_others)
-        said.append(
-            f"With {most} seeds p ({rules.test}) cannot come below {smallest:.2g}, nor below {corrected:.2g} after Holm's "
-            f"correction over {num_others} comparisons."
-        )
+        line = f"With {most} seeds p ({rules.test}) cannot come below {smallest:.2g}"
+        if num_others > 1:
+            corrected = min(1.0, smallest * num_others)
+            line += f", nor below {corrected:.2g} after Holm's correction over {num_others} comparisons"
+        said.append(f"{line}.")
     if rules.margin is not None:
         said.append(f"No worse: the interval of the metric lies above {_MINUS}{rules.margin:g}.")
     return " ".join(said)

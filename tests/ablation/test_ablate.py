@@ -69,7 +69,7 @@ def test_an_experiment_trains_what_is_missing_and_keeps_the_rest(ablation):
     printed, said = ablation.run()
     assert ablation.ended_at() == before
     assert said.count("was there") == 4
-    assert "not enough seeds to say" in printed
+    assert "not enough" in printed
     # One more variant, one that has changed, one seed more: the others are left alone.
     variants = {
         "none": {"freezing.policy": "none"},
