@@ -242,7 +242,10 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> None:
 
 
 def _empty(path: Path) -> None:
-    for entry in path.iterdir():
+    # Killed in between, it must be taken neither for a finished run nor for the beginning of another: what says which run it was
+    # goes last.
+    order = {"result.json": 0, "checkpoints": 1, "config.yaml": 3}
+    for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 2)):
         if entry.name == ".lock":
             continue
         if entry.is_dir() and not entry.is_symlink():

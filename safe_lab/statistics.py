@@ -32,6 +32,10 @@ _RESAMPLES = 9999
 # Up to here all ways to put the signs are walked; beyond, so many are drawn.
 _MOST_EXACT = 14
 _SEED = 0
+# What differs by less, as a share, differs by rounding.
+_SAME = 1e-9
+# Resamples that must lie beyond an end of an interval for it to be told by them.
+_FEWEST_BEYOND = 20
 # Beyond this number of seeds an estimate of how many are needed only says "far more".
 _MOST_SEEDS = 1000
 
@@ -76,21 +80,23 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2:
         return None
-    if np.ptp(x) == 0:
+    if _are_alike(x):
         return Interval(float(x[0]), float(x[0]), confidence, "all alike")
     if len(x) >= FEWEST_FOR_BOOTSTRAP:
-        low, high = _bootstrap(x, confidence)
-        if math.isfinite(low) and math.isfinite(high):
-            return Interval(low, high, confidence, "BCa")
+        ends = _bootstrap(x, confidence)
+        if ends is not None and all(map(math.isfinite, ends)):
+            return Interval(*ends, confidence, "BCa")
     half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     mean = float(x.mean())
     return Interval(mean - half, mean + half, confidence, "t")
 
 
-def _bootstrap(x: np.ndarray, confidence: float) -> tuple[float, float]:
+def _bootstrap(x: np.ndarray, confidence: float) -> tuple[float, float] | None:
     r"""BCa with tails of :math:`\Phi(-\sqrt{n / (n - 1)}\, t_{1 - \alpha / 2, n - 1})` instead of alpha / 2 (Hesterberg 2015)."""
     n = len(x)
     tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1))
+    if tail * _RESAMPLES < _FEWEST_BEYOND:
+        return None
     found = stats.bootstrap(
         (x,),
         np.mean,
@@ -125,17 +131,25 @@ def p_value(
         return 1.0
     if test == "wilcoxon":
         # Flipping the signs of the ranks is exact where tables are not, with ties and (as Pratt has them) zeros.
-        d = np.sign(d) * stats.rankdata(np.abs(d))
-    found = stats.permutation_test(
-        (d,),
-        lambda x, axis: np.sum(x, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=2**_MOST_EXACT if len(d) <= _MOST_EXACT else _RESAMPLES,
-        alternative=alternative,
-        rng=np.random.default_rng(_SEED),
-    )
-    return float(found.pvalue)
+        d = _rank(d)
+    return _flip_signs(d, alternative)
+
+
+def _flip_signs(d: np.ndarray, alternative: Alternative) -> float:
+    """Share of ways to put the signs whose sum is as extreme as the one seen, which is one of them.
+
+    Sums that are equal in exact arithmetic count as such: accuracies are counts over a number of rows, their differences tie all
+    the time, and rounding must not break a tie. (scipy.stats.permutation_test allows 1e-14 of the sum, which is too little.)
+    """
+    n = len(d)
+    if n <= _MOST_EXACT:
+        signs, own = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1), 0
+    else:
+        # Those drawn, and the one seen.
+        signs, own = np.random.default_rng(_SEED).choice([-1.0, 1.0], size=(_RESAMPLES, n)), 1
+    sums, seen, slack = signs @ np.abs(d), float(d.sum()), _SAME * float(np.abs(d).sum())
+    extreme = np.abs(sums) >= abs(seen) - slack if alternative == "two-sided" else sums >= seen - slack
+    return float((np.count_nonzero(extreme) + own) / (len(signs) + own))
 
 
 def smallest_p(num_seeds: int, alternative: Alternative = "two-sided") -> float:
@@ -144,8 +158,33 @@ def smallest_p(num_seeds: int, alternative: Alternative = "two-sided") -> float:
     >>> smallest_p(5), smallest_p(6, "greater")
     (0.0625, 0.015625)
     """
-    sides = 2 if alternative == "two-sided" else 1
-    return float(min(1.0, sides / (2**num_seeds if num_seeds <= _MOST_EXACT else _RESAMPLES + 1)))
+    if num_seeds > _MOST_EXACT:
+        return 1 / (_RESAMPLES + 1)
+    return float(min(1.0, (2 if alternative == "two-sided" else 1) / 2**num_seeds))
+
+
+def find_side(differences: Sequence[float], test: Test = "permutation") -> int:
+    """On which side of zero differences lie, by what a test goes by: 1, -1 or 0.
+
+    >>> find_side([0.1, 0.2, 0.3, -0.9]), find_side([0.1, 0.2, 0.3, -0.9], "wilcoxon")
+    (-1, 1)
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    total = float((_rank(d) if test == "wilcoxon" else d).sum())
+    return 0 if abs(total) <= _SAME * float(np.abs(d).sum()) else int(math.copysign(1, total))
+
+
+def _rank(d: np.ndarray) -> np.ndarray:
+    """Signed ranks; magnitudes that differ by rounding alone tie."""
+    scale = float(np.abs(d).max()) or 1.0
+    magnitudes = np.round(np.abs(d) / scale, 9)
+    ranks: np.ndarray = np.where(magnitudes > 0, np.sign(d), 0.0) * stats.rankdata(magnitudes)
+    return ranks
+
+
+def _are_alike(x: np.ndarray) -> bool:
+    """Whether values differ by no more than rounding."""
+    return bool(np.ptp(x) <= _SAME * np.abs(x).max())
 
 
 def correct(ps: Sequence[float | None]) -> list[float | None]:
@@ -175,7 +214,7 @@ def effect_size(differences: Sequence[float]) -> float | None:
     1.51
     """
     deviation = spread(differences)
-    if not deviation:
+    if not deviation or _are_alike(np.asarray(differences, dtype=np.float64)):
         return None
     freedom = len(differences) - 1
     # Hedges, Journal of Educational Statistics 1981.
@@ -188,7 +227,7 @@ def effect_size(differences: Sequence[float]) -> float | None:
 
 
 def seeds_needed(differences: Sequence[float], half_width: float, confidence: float = 0.95) -> int | None:
-    """With how many seeds the interval of the mean difference would be within +- ``half_width``, judged by the spread of these.
+    """With how many seeds, more than there are, the interval of the mean would be within +- ``half_width``, by their spread.
 
     None of a single difference, or where it is more than a thousand.
 
@@ -198,7 +237,7 @@ def seeds_needed(differences: Sequence[float], half_width: float, confidence: fl
     deviation = spread(differences)
     if deviation is None or half_width <= 0:
         return None
-    for n in range(2, _MOST_SEEDS + 1):
+    for n in range(len(differences) + 1, _MOST_SEEDS + 1):
         if stats.t.ppf((1 + confidence) / 2, n - 1) * deviation / math.sqrt(n) <= half_width:
             return n
     return None

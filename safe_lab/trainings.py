@@ -72,6 +72,8 @@ def train(
     """
     path = config.run_folder
     deaths, reached = 0, None
+    # What somebody trains there at this moment is not what was asked to be removed.
+    overwrite = overwrite and not _is_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     RunFolder(path.parent).write(f"{path.name}.yaml", configuration.dump(config))
     log = path.parent / f"{path.name}.log"
@@ -134,9 +136,11 @@ def check_data(config: Config) -> None:
         raise ConfigError(f"data: {error}") from None
 
 
-def remove_leftovers(path: Path) -> None:
+def remove_leftovers(config: Config) -> None:
     """Remove what only a run that goes on has use for."""
-    for folder in (path / "checkpoints", path / "cache", *path.glob("cache-*")):
+    path = config.run_folder
+    caches = [] if config.savings.keep_cache else [path / "cache", *path.glob("cache-*")]
+    for folder in (path / "checkpoints", *caches):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -145,7 +149,7 @@ def is_finished(config: Config) -> bool:
     try:
         run_folder.check(config, resume=True, overwrite=False)
     except run_folder.AlreadyFinishedError:
-        return not _lacks_sharpness(config)
+        return _read_result(config.run_folder).how == "finished" and not _lacks_sharpness(config)
     except ConfigError:
         return False
     return False
@@ -214,7 +218,11 @@ class _Evaluations:
             return
         self._size = len(lines)
         for line in lines[: lines.rfind(b"\n") + 1].split(b"\n"):
-            row = json.loads(line or b"{}")
+            try:
+                row = json.loads(line or b"{}")
+            except ValueError:
+                # A disk's fault, which the run itself will tell of if it minds.
+                continue
             if any(key.startswith("validation") for key in row) and row["step"] > self._seen:
                 self._seen = row["step"]
                 yield row

@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from parallel import free_port
 
 from safe_lab import yaml_core
@@ -133,3 +134,21 @@ def wait_for(condition, seconds=120):
             return found
         time.sleep(0.02)
     raise AssertionError("waited in vain")
+
+
+def processes_of(process, module):
+    """Processes below one that run a module."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if module in child.cmdline():
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def trainings_of(process):
+    """What nurseries below a process have forked."""
+    nurseries = processes_of(process, "safe_lab.cli.nursery")
+    return [forked for forked in nurseries if forked.ppid() in {nursery.pid for nursery in nurseries}]

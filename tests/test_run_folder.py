@@ -121,3 +121,21 @@ def test_json_has_no_nan_and_keeps_hostile_text_on_one_line():
     line = to_json({"a": float("nan"), "b": [1.5, float("inf")], "c": "line\nbreak \u2028 \x00 🦄"})
     assert "\n" not in line
     assert line.startswith('{"a": null, "b": [1.5, null]')
+
+
+def test_what_is_left_of_a_run_that_was_being_removed_is_neither_finished_nor_another_runs_beginning(
+    tiny_tree, monkeypatch
+):
+    config = make(tiny_tree)
+    folder = claim_and_leave(config).path
+    (folder / "result.json").write_text("{}")
+    (folder / "checkpoints" / "step-5").mkdir(parents=True)
+
+    def fail(path):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("safe_lab.run_folder.shutil.rmtree", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        claim_and_leave(make(tiny_tree, seed=0, training=tiny_tree["training"] | {"epochs": 9}), overwrite=True)
+    assert not (folder / "result.json").exists()
+    assert configuration.load(folder / "config.yaml") == config

@@ -11,6 +11,7 @@ from safe_lab.statistics import (
     Interval,
     correct,
     effect_size,
+    find_side,
     mean_interval,
     p_value,
     seeds_needed,
@@ -53,6 +54,9 @@ def test_values_without_spread_and_single_ones_have_no_interval_to_speak_of():
     assert p_value([0.25]) is None
     assert effect_size([0.25]) is None
     assert effect_size([0.25] * 3) is None
+    # Alike but for rounding.
+    assert effect_size([0.1] * 3) is None
+    assert mean_interval([0.81 - 0.80, 0.82 - 0.81, 0.83 - 0.82]).method == "all alike"
     assert p_value([0.0] * 5) == 1.0
 
 
@@ -70,6 +74,26 @@ def test_p_is_that_of_all_ways_to_put_the_signs(values, alternative):
     assert p_value(values, alternative=alternative) == pytest.approx(sum(extreme) / len(sums))
 
 
+@pytest.mark.parametrize("test", ["permutation", "wilcoxon"])
+@pytest.mark.parametrize("num_rows", [872, 1043, 5463])
+def test_ties_of_accuracies_are_not_broken_by_rounding(test, num_rows):
+    rng = np.random.default_rng(num_rows)
+    for _ in range(50):
+        ours, theirs = rng.integers(0, 5, (2, 10)) + num_rows - 200
+        assert p_value(ours / num_rows - theirs / num_rows, test=test) == p_value(ours - theirs, test=test)
+
+
+def test_the_side_is_that_of_what_is_tested():
+    one_far_out = [0.01, 0.02, 0.03, 0.04, -0.9]
+    assert (find_side(one_far_out), find_side(one_far_out, "wilcoxon")) == (-1, 1)
+    assert find_side([0.1 + 0.2, -0.3]) == find_side([0.1 + 0.2, -0.3], "wilcoxon") == 0
+
+
+def test_an_interval_too_wide_for_the_resamples_is_students():
+    assert mean_interval(TEN, 0.999).method == "t"
+    assert mean_interval(TEN, 0.95).method == "BCa"
+
+
 def test_p_of_signed_ranks_is_wilcoxons():
     values = [0.3, -0.11, 0.2, 0.5, 0.1, 0.4, -0.25, 0.35, 0.6]
     assert p_value(values, test="wilcoxon") == pytest.approx(stats.wilcoxon(values, method="exact").pvalue)
@@ -82,10 +106,7 @@ def test_p_of_signed_ranks_is_wilcoxons():
 @pytest.mark.parametrize("test", ["permutation", "wilcoxon"])
 def test_no_p_is_smaller_than_the_smallest_and_differences_of_one_sign_reach_it(num_seeds, alternative, test):
     values = np.linspace(1, 2, num_seeds)
-    # Of many seeds signs are drawn, and may now and then all be alike.
-    assert p_value(values, test=test, alternative=alternative) == pytest.approx(
-        smallest_p(num_seeds, alternative), rel=0.01
-    )
+    assert p_value(values, test=test, alternative=alternative) == smallest_p(num_seeds, alternative)
 
 
 def test_holms_correction_is_a_worked_one():
@@ -108,6 +129,7 @@ def test_seeds_needed_make_the_interval_as_narrow_as_was_asked():
     half = [stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n) for n in (needed - 1, needed)]
     assert half[1] <= 0.05 < half[0]
     assert seeds_needed(values, 1e-9) is None
+    assert seeds_needed(values, 100.0) == 5
     assert seeds_needed([0.1], 0.05) is None
 
 

@@ -17,7 +17,17 @@ from typing import Any
 from safe_lab.ablation.records import PLACE, Record
 from safe_lab.figures import direction_of, is_cost
 from safe_lab.run_folder import changed_keys
-from safe_lab.statistics import Test, correct, effect_size, mean_interval, p_value, seeds_needed, smallest_p, spread
+from safe_lab.statistics import (
+    Test,
+    correct,
+    effect_size,
+    find_side,
+    mean_interval,
+    p_value,
+    seeds_needed,
+    smallest_p,
+    spread,
+)
 
 
 class Verdict(StrEnum):
@@ -157,6 +167,8 @@ def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Compariso
     """
     by_variant: dict[str, list[Record]] = {}
     for record in records:
+        if not record.fault and record.figure(rules.metric) is None:
+            record = replace(record, fault=f"its result.json has no finite {rules.metric}")
         by_variant.setdefault(record.variant, []).append(record)
     base = by_variant[baseline]
     others = [variant for variant in by_variant if variant != baseline]
@@ -173,29 +185,31 @@ def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Compariso
             cells[baseline][figure] = Cell(values[baseline], fmean(found), spread(found), None)
     ps = [_p_worse(cells[variant].get(rules.metric), rules) for variant in others]
     worse = dict(zip(others, zip(ps, correct(ps), strict=True), strict=True))
+    num_compared = max(sum(difference_p is not None for difference_p in _ps(cells, others, rules.metric)), 1)
     rows = []
     for variant, runs in by_variant.items():
         p, corrected_p = worse.get(variant, (None, None))
         verdict, reason = (
             (Verdict.BASELINE, "")
             if variant == baseline
-            else judge(cells[variant].get(rules.metric), len(others), rules)
+            else judge(cells[variant].get(rules.metric), num_compared, rules, p)
         )
         faults = {record.seed: record.fault for record in runs if record.fault}
         rows.append(Row(variant, cells[variant], verdict, reason, p, corrected_p, _changes(base, runs), faults))
     return Comparison(rules, baseline, rows, _find_warnings(by_variant, baseline))
 
 
-def judge(cell: Cell | None, num_comparisons: int, rules: Rules) -> tuple[Verdict, str]:
+def judge(cell: Cell | None, num_comparisons: int, rules: Rules, p_worse: float | None = None) -> tuple[Verdict, str]:
     """What can be said of a variant's metric.
 
-    Better or worse is what p says after correction. No worse is what the interval says: its end on the worse side lies within the
-    margin (as non-inferiority is told in trials: Piaggio et al., CONSORT, JAMA 2012).
+    Better or worse is what p says after correction. No worse, and worse by more than the margin, is what the interval says:
+    it lies on one side of the margin (as non-inferiority is told in trials: Piaggio et al., CONSORT, JAMA 2012).
 
     Args:
         cell: The metric of the variant.
         num_comparisons: Variants that are held against the baseline.
         rules: Metric, margin and confidence.
+        p_worse: One-sided, that it is worse by the margin; it decides where all differences are alike, and tell no spread.
     """
     found = None if cell is None else cell.difference
     if found is None:
@@ -203,35 +217,51 @@ def judge(cell: Cell | None, num_comparisons: int, rules: Rules) -> tuple[Verdic
     if len(found.by_seed) < 2 or found.low is None or found.high is None:
         return Verdict.NOT_ENOUGH_SEEDS, "one seed tells nothing of what another would do"
     alpha, sign = 1 - rules.confidence, direction_of(rules.metric) or 1
-    gain, worst = sign * found.mean, min(sign * found.low, sign * found.high)
-    if found.p_corrected is not None and found.p_corrected <= alpha:
-        if gain > 0:
-            return Verdict.BETTER, f"p = {found.p_corrected:.2g} after correction"
-        if rules.margin is None or worst <= -rules.margin:
-            return Verdict.WORSE, f"p = {found.p_corrected:.2g} after correction"
-        return Verdict.NO_WORSE, f"worse (p = {found.p_corrected:.2g}), but within the margin of {rules.margin:g}"
-    if rules.margin is not None and worst > -rules.margin:
-        return Verdict.NO_WORSE, f"at worst {-worst:.3g} below, and {rules.margin:g} is the margin"
-    attainable = min(1.0, found.smallest_p * num_comparisons)
-    if rules.margin is not None:
-        return Verdict.NOT_ENOUGH_SEEDS, _say_needed(found, worst, rules, sign)
-    if attainable > alpha:
-        return (
-            Verdict.NOT_ENOUGH_SEEDS,
-            f"with {len(found.by_seed)} seeds and {num_comparisons} comparisons p cannot come below {attainable:.2g}",
-        )
-    return Verdict.NO_DIFFERENCE_FOUND, f"p = {found.p_corrected:.2g} after correction"
+    worst, best = sorted((sign * found.low, sign * found.high))
+    said = "" if found.p_corrected is None else f"p = {found.p_corrected:.2g} after correction"
+    # The side that the test has found, where the mean is on it too: one seed far out may draw the mean over to the other.
+    side = sign * find_side(list(found.by_seed.values()), rules.test)
+    is_told = found.p_corrected is not None and found.p_corrected <= alpha and side * sign * found.mean > 0
+    if is_told and side > 0:
+        return Verdict.BETTER, said
+    if rules.margin is None:
+        if is_told:
+            return Verdict.WORSE, said
+        attainable = min(1.0, found.smallest_p * num_comparisons)
+        if attainable > alpha:
+            seeds = f"with {len(found.by_seed)} seeds and {num_comparisons} comparisons"
+            return Verdict.NOT_ENOUGH_SEEDS, f"{seeds} p cannot come below {attainable:.2g}"
+        return Verdict.NO_DIFFERENCE_FOUND, said
+    has_interval = found.method != "all alike" or (p_worse is not None and p_worse <= alpha)
+    if has_interval and worst > -rules.margin:
+        return Verdict.NO_WORSE, (
+            f"worse ({said}), but within" if is_told else _say_worst(worst) + ","
+        ) + f" the margin of {rules.margin:g}"
+    if is_told or (has_interval and best < -rules.margin):
+        return Verdict.WORSE, said if is_told else f"the whole interval is beyond the margin of {rules.margin:g}"
+    return Verdict.NOT_ENOUGH_SEEDS, _say_needed(found, worst, rules, sign)
+
+
+def _say_worst(worst: float) -> str:
+    return f"at worst {-worst:.3g} worse" if worst < 0 else "nowhere in its interval worse"
 
 
 def _say_needed(found: Difference, worst: float, rules: Rules, sign: int) -> str:
     assert rules.margin is not None
-    said = f"it may be {-worst:.3g} below, and {rules.margin:g} is the margin"
+    if found.method == "all alike":
+        return f"{len(found.by_seed)} differences that are all alike tell no spread"
+    said = f"it may be {-worst:.3g} worse, and {rules.margin:g} is the margin"
     # The interval must come to no more than what is left between the mean and the margin.
     room = rules.margin + sign * found.mean
     if room <= 0:
-        return f"{said}, which the mean is below"
+        return f"{said}; its mean is worse by more"
     needed = seeds_needed(list(found.by_seed.values()), room, rules.confidence)
-    return f"{said}; with {needed} seeds of such a spread and mean it would show" if needed else said
+    return f"{said}; some {needed} seeds of such a spread and mean might show" if needed else said
+
+
+def _ps(cells: Mapping[str, Mapping[str, Cell]], variants: Sequence[str], figure: str) -> list[float | None]:
+    found = [cells[variant].get(figure) for variant in variants]
+    return [None if cell is None or cell.difference is None else cell.difference.p for cell in found]
 
 
 def _correct(differences: Mapping[str, Difference | None]) -> dict[str, Difference | None]:

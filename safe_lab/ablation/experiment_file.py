@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from safe_lab import config as configuration
 from safe_lab.config import Config, Positive, Seeds, safe_folder_name
 from safe_lab.data.tasks import TASKS, metric_key
-from safe_lab.figures import check_figure
+from safe_lab.figures import check_figure, is_cost
 from safe_lab.run_folder import changed_keys
 from safe_lab.section import ConfigError, Section, check, override_all, override_copy, read_tree
 from safe_lab.statistics import Test
@@ -59,8 +59,8 @@ class ExperimentSection(Section):
     figures: tuple[str, ...] = Field(FIGURES, description="figures of result.json that are compared beside it")
     margin: Positive | None = Field(
         None,
-        description="by how much of the metric a variant may be worse and still count as no worse, such as 0.01; null: that is "
-        "not asked",
+        description="by how much of the metric a variant may be worse and still count as no worse, such as 0.01 (of a cost: a "
+        "share); null: that is not asked",
     )
     confidence: Confidence = Field(0.95, description="of intervals; 1 - confidence is what a p must stay under")
     keep_checkpoints: bool = Field(False, description="leave the checkpoints of finished runs on disk")
@@ -187,9 +187,9 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
 def _check(settings: ExperimentSection) -> Experiment:
     assert isinstance(settings.base, dict)
     variants, faults = dict(settings.variants), []
-    for name, values in _expand(settings.grid).items():
-        if name in variants:
-            faults.append(f"grid: a variant is called {name} already")
+    for name, values in _expand(settings.grid):
+        if not name or name in variants:
+            faults.append(f"grid: {values} would be called {name!r}, as another is: name it among the variants")
         variants[name] = values
     if not variants:
         raise ConfigError(
@@ -213,6 +213,10 @@ def _check(settings: ExperimentSection) -> Experiment:
         faults.append(f"variants: they are of different tasks, which nothing compares: {', '.join(sorted(tasks))}")
     task = TASKS[next(iter(configs.values())).data.task]
     metric = settings.metric or metric_key(next(iter(task.validation_splits)), task.main_metric)
+    if is_cost(metric) and settings.margin is not None and settings.margin >= 1:
+        faults.append(
+            f"margin: of a cost it is a share, such as 0.05 for five percent, and {settings.margin:g} is none"
+        )
     for figure in dict.fromkeys((metric, *settings.figures)):
         faults += _find_faults_of_figure(figure, configs)
     if faults:
@@ -220,17 +224,15 @@ def _check(settings: ExperimentSection) -> Experiment:
     return Experiment(settings, variants, baseline, metric)
 
 
-def _expand(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+def _expand(grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A variant for each combination, named after its values: ``cka,final_threshold=0.1``."""
-    variants = {}
     for values in itertools.product(*grid.values()):
         named = [
             value if isinstance(value, str) else f"{key.rpartition('.')[2]}={value}"
             for key, value in zip(grid, values, strict=True)
         ]
         if named:
-            variants[safe_folder_name(",".join(named))] = dict(zip(grid, values, strict=True))
-    return variants
+            yield safe_folder_name(",".join(named)), dict(zip(grid, values, strict=True))
 
 
 def _find_faults(base: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:

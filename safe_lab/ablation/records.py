@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,9 +56,10 @@ class Record:
         if self.fault:
             return None
         try:
-            return read_figure(self.result, name)
+            value = read_figure(self.result, name)
         except ValueError:
             return None
+        return value if math.isfinite(value) else None
 
 
 def read_record(path: Path) -> Record:
@@ -78,18 +80,22 @@ def read_record(path: Path) -> Record:
     return Record(config.variant, config.seed, path, config, result, fault, _read_environment(path))
 
 
-def read_experiment(experiment: Experiment, failures: Mapping[tuple[str, int], str]) -> list[Record]:
+def read_experiment(
+    experiment: Experiment, failures: Mapping[tuple[str, int], str], folder: Path | None = None
+) -> list[Record]:
     """The runs that an experiment is to have.
 
     Args:
         experiment: Says which.
         failures: Why runs have failed, by variant and seed.
+        folder: Where they lie, if not where the experiment says.
     """
+    folder = folder or experiment.folder
     records = []
     for run in experiment.runs:
         config = experiment.config_of(*run)
-        path = config.run_folder
-        other = _find_change(path, config)
+        path = folder / run[0] / f"seed-{run[1]}"
+        other = find_change(path, config) or _find_unreadable(path)
         result, fault = ({}, other) if other else _read_result(path)
         if fault and run in failures:
             fault = failures[run]
@@ -125,14 +131,12 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
-def _find_change(path: Path, config: Config) -> str:
-    """Where the run in a folder is not the one that is asked for; empty if it is, or there is none."""
-    if not (path / "config.yaml").is_file():
-        return ""
+def find_change(path: Path, config: Config) -> str:
+    """Where the run in a folder is not the one that is asked for; empty if it is, or nothing there can be read."""
     try:
         before = configuration.load(path / "config.yaml")
-    except ConfigError as error:
-        return f"this version cannot read its config.yaml: {str(error).splitlines()[0]}"
+    except ConfigError:
+        return ""
     changed = [
         f"{key}: {there} there, {here} here"
         for key, (there, here) in changed_keys(before, config).items()
@@ -141,16 +145,33 @@ def _find_change(path: Path, config: Config) -> str:
     return f"it is of another configuration: {'; '.join(changed)}" if changed else ""
 
 
+def _find_unreadable(path: Path) -> str:
+    """Why the configuration of a run cannot be told; empty if it can, or there is no run."""
+    if not (path / "config.yaml").exists():
+        return ""
+    try:
+        configuration.load(path / "config.yaml")
+    except ConfigError as error:
+        return f"this version cannot read its config.yaml: {str(error).splitlines()[0]}"
+    return ""
+
+
 def _read_result(path: Path) -> tuple[Mapping[str, Any], str]:
     """What result.json holds, and why that is nothing to compare; one of them is empty."""
+    if not (path / "config.yaml").exists():
+        return {}, "it is missing"
     try:
         result = json.loads((path / "result.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}, "it has not finished" if (path / "config.yaml").exists() else "it is missing"
+        return {}, "it has not finished"
     except (OSError, ValueError) as error:
         return {}, f"its result.json cannot be read ({error})"
     lacking = [key for key in _NEEDED if key not in result] if isinstance(result, dict) else list(_NEEDED)
-    return ({}, f"its result.json is of another version: it lacks {', '.join(lacking)}") if lacking else (result, "")
+    if lacking:
+        return {}, f"its result.json is of another version: it lacks {', '.join(lacking)}"
+    if not all(isinstance(result[key], dict) for key in ("metrics", "resources", "fingerprints")):
+        return {}, "its result.json is damaged"
+    return result, ""
 
 
 def _read_environment(path: Path) -> Mapping[str, Any]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from safe_lab.ablation.experiment_file import Experiment
+from safe_lab.ablation.records import find_change
 from safe_lab.nursery import Nursery, Start, start_afresh
-from safe_lab.trainings import Evaluation, find_other_run, is_finished, remove_leftovers, train
+from safe_lab.trainings import Evaluation, is_finished, remove_leftovers, train
 
 
 class State(StrEnum):
@@ -97,6 +98,9 @@ class _Board:
         for run in experiment.runs:
             if is_finished(experiment.config_of(*run)):
                 self._set(run, state=State.KEPT)
+                if not experiment.settings.keep_checkpoints:
+                    # Of one that was killed right after its end.
+                    remove_leftovers(experiment.config_of(*run))
             else:
                 self._left.append(run)
 
@@ -124,17 +128,17 @@ class _Board:
 
     def _train(self, run: tuple[str, int], start: Start) -> None:
         config = self.experiment.config_of(*run)
-        other = find_other_run(config)
-        self._set(run, state=State.RUNNING, note=other or "")
+        changed = find_change(config.run_folder, config)
+        self._set(run, state=State.RUNNING, note=changed)
 
         def watch(row: Evaluation) -> bool:
             self._set(run, latest=row)
             return False
 
-        ended = train(config, start=start, watch=watch, tick=self._tick, overwrite=True)
+        ended = train(config, start=start, watch=watch, tick=self._tick, overwrite=bool(changed))
         if ended.how == "finished":
             if not self.experiment.settings.keep_checkpoints:
-                remove_leftovers(config.run_folder)
+                remove_leftovers(config)
             self._set(run, state=State.FINISHED, note="")
         else:
             self._set(run, state=State.FAILED, note=ended.reason)

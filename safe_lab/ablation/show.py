@@ -69,10 +69,11 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def describe_rules(comparison: Comparison) -> str:
     """How to read the figures, in a sentence or two."""
-    rules, num_others = comparison.rules, len(comparison.rows) - 1
+    rules = comparison.rules
     differences = [found for row in comparison.rows if (found := difference_of(row, rules.metric)) is not None]
     most = max((len(found.by_seed) for found in differences), default=0)
-    methods = sorted({found.method for found in differences if found.method})
+    num_others = len([found for found in differences if found.p is not None])
+    methods = sorted({found.method for found in differences if found.method and found.method != "all alike"})
     said = ["Differences are paired by seed."]
     if methods:
         said.append(
@@ -86,7 +87,9 @@ def describe_rules(comparison: Comparison) -> str:
             line += f", nor below {corrected:.2g} after Holm's correction over {num_others} comparisons"
         said.append(f"{line}.")
     if rules.margin is not None:
-        said.append(f"No worse: the interval of the metric lies above {_MINUS}{rules.margin:g}.")
+        said.append(
+            f"No worse: the interval of the metric ends less than {rules.margin:g} on the worse side, by itself."
+        )
     return " ".join(said)
 
 

@@ -77,7 +77,9 @@ def to_markdown(comparison: Comparison) -> str:
             shown = f"**{value}**" if value and find_best(comparison, figure) == row.variant else value
             cells.append(f"{shown}<br>{difference}" if difference else shown)
         lines.append([row.variant, *cells, _verdict(row)])
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    notes = "".join(f"- {' '.join(note.split())}\n" for note in warnings_of(comparison))
+    return f"{table}\n{notes}" if notes else table
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -129,7 +131,8 @@ def to_latex(comparison: Comparison) -> str:
         lines.append(" & ".join([_escape(row.variant), *values]) + r" \\")
         if any(differences):
             lines.append(" & ".join(["", *differences]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    notes = [f"% {' '.join(note.split())}" for note in warnings_of(comparison)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, ""])
 
 
 def _verdict(row: Row) -> str:

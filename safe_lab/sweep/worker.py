@@ -195,7 +195,7 @@ class Worker:
             runs.append(ended)
             if not settings.keep_checkpoints:
                 self._live(trial)
-                remove_leftovers(config.run_folder)
+                remove_leftovers(config)
             if ended.how != "finished":
                 return runs
             if settings.pruner.name == "wilcoxon" and self._is_hopeless(trial, place, ended):

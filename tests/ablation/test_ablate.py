@@ -1,5 +1,6 @@
 """Whole experiments: real processes, what is kept and what is done anew, and what is told of runs that fail."""
 
+import functools
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from sweep_tools import wait_for
+from sweep_tools import trainings_of, wait_for
 from tiny import save_tiny_model
 
 from safe_lab import yaml_core
@@ -33,7 +34,9 @@ class Ablation:
         command = [sys.executable, "-m", "safe_lab", "ablate", str(self.path), *arguments]
         pipe = subprocess.PIPE
         environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "200"}
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+        # Of a shell's background jobs SIGINT is ignored, and so it would be here.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=heed)
 
     def run(self, *arguments, code=0, **changes):
         """What the command prints, and what it says beside it."""
@@ -133,13 +136,24 @@ def test_an_experiment_that_is_interrupted_goes_on_from_its_checkpoints(ablation
 
 
 def test_two_trainings_go_on_at_a_time_and_two_commands_do_not(ablation):
-    with ablation.start("--workers", "2", seeds=3) as process:
-        wait_for(lambda: len(list(ablation.folder.glob("*/seed-0.log"))) == 2)
+    ablation.tree["base"]["training"]["epochs"] = 30
+    with ablation.start("--workers", "2", seeds=2) as process:
+        wait_for(lambda: len(trainings_of(process)) == 2)
         _, said = ablation.run(code=2)
         assert "is being run here by another command" in said
         process.communicate(timeout=120)
     assert process.returncode == 0
-    assert len(ablation.ended_at()) == 6
+    assert len(ablation.ended_at()) == 4
+
+
+def test_a_run_that_cannot_be_read_is_not_removed(ablation):
+    ablation.run(seeds=1)
+    folder = ablation.folder / "cka" / "seed-0"
+    (folder / "config.yaml").write_text("freezing: {policy: of-the-future}")
+    printed, said = ablation.run(seeds=1)
+    assert "cka, seed 0 (2/2) failed: " in said
+    assert (folder / "adapter").exists()
+    assert "config.yaml this version cannot read" in printed
 
 
 def test_data_that_are_not_there_are_told_before_the_first_run(ablation):

@@ -109,6 +109,37 @@ def test_no_worse_is_said_where_the_interval_lies_within_the_margin():
     assert judge([*even, 0.001, -0.001, 0.0]).verdict == Verdict.NO_DIFFERENCE_FOUND
 
 
+def test_a_variant_that_is_far_worse_is_worse_however_few_the_seeds():
+    found = judge([-0.2, -0.21, -0.19, -0.2, -0.205], margin=0.01)
+    assert (found.verdict, found.reason) == (Verdict.WORSE, "the whole interval is beyond the margin of 0.01")
+
+
+def test_differences_that_are_all_alike_tell_no_spread():
+    assert judge([0.0, 0.0], margin=0.01).verdict == Verdict.NOT_ENOUGH_SEEDS
+    assert judge([-1 / 128] * 3, margin=0.01).verdict == Verdict.NOT_ENOUGH_SEEDS
+    # Five of them do, by p.
+    assert judge([0.0] * 5, margin=0.01).verdict == Verdict.NO_WORSE
+
+
+def test_ranks_and_mean_must_be_on_one_side():
+    eleven_up = [0.010 + 0.001 * seed for seed in range(11)]
+    assert judge([*eleven_up, 0.03], test="wilcoxon").verdict == Verdict.BETTER
+    assert judge([*eleven_up, -0.4], test="wilcoxon").verdict == Verdict.NO_DIFFERENCE_FOUND
+
+
+def test_a_run_without_the_metric_is_told():
+    runs = [*records("none", [0.8, 0.8]), *records("cka", [0.9, float("nan")])]
+    assert compare(runs, RULES, "none").row("cka").faults == {1: f"its result.json has no finite {ACCURACY}"}
+
+
+def test_the_margin_of_a_cost_is_a_share():
+    base = [record("none", seed, 0.8, 1e12 + 1e10 * seed) for seed in range(6)]
+    for factor, verdict in ((1.02, Verdict.NO_WORSE), (1.2, Verdict.WORSE)):
+        ours = [record("cka", seed, 0.8, factor * (1e12 + 1e10 * seed) + 1e9 * (seed % 2)) for seed in range(6)]
+        rules = Rules(FLOPS, (), margin=0.05)
+        assert compare([*base, *ours], rules, "none").row("cka").verdict == verdict
+
+
 def test_of_a_loss_less_is_better():
     base = [record("none", seed, 0.5) for seed in range(8)]
     ours = [record("cka", seed, 0.4 - 0.001 * seed) for seed in range(8)]
@@ -129,8 +160,8 @@ def test_a_single_seed_and_no_common_seed_say_so():
 
 def test_how_many_seeds_would_do_is_told():
     said = judge([0.02, -0.03, 0.01, -0.02], margin=0.01).reason
-    assert "0.01 is the margin; with " in said
-    assert "which the mean is below" in judge([-0.02, -0.06, -0.03], margin=0.01).reason
+    assert "0.01 is the margin; some " in said
+    assert "its mean is worse by more" in judge([-0.02, -0.06, 0.03], margin=0.01).reason
 
 
 def test_runs_that_are_no_pairs_or_of_other_machines_are_told():

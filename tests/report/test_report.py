@@ -37,7 +37,7 @@ def test_an_experiment_is_reported_by_its_own_rules_with_what_is_missing(experim
 
 
 def test_an_experiment_that_was_moved_is_reported_where_it_lies(experiment, tmp_path):
-    moved = tmp_path / "elsewhere" / "renamed"
+    moved = tmp_path / "elsewhere" / "renamed (copy)"
     shutil.copytree(experiment, moved)
     source = read_source([moved])
     assert source.comparison.rules.margin == 0.5
@@ -55,13 +55,35 @@ def test_runs_are_reported_by_their_folders_wherever_they_lie(experiment, copy):
     assert "safe-lab train" in source.command
     with pytest.raises(ConfigError, match="two runs are of one experiment, variant and seed"):
         read_source([copy, experiment / "cka" / "seed-0"])
+    # Runs of one name from two experiments may differ in all that is not their name.
     both = read_source([copy.rename(copy.with_name("other")), experiment / "cka" / "seed-0"])
     assert {record.variant for record in both.records} == {"experiment/cka", "other/cka", "other/late", "other/none"}
+
+
+def test_runs_of_one_variant_that_differ_in_more_than_their_seed_are_refused(copy):
+    config = copy / "cka" / "seed-1" / "config.yaml"
+    tree = yaml_core.parse(config.read_text())
+    tree["training"]["learning_rate"] = 0.5
+    config.write_text(yaml_core.write(tree))
+    with pytest.raises(
+        ConfigError, match="are runs of one variant, and differ: training.learning_rate: 0.01 there, 0.5 here"
+    ):
+        read_source([copy])
+
+
+def test_an_experiment_none_of_whose_runs_has_finished_is_reported_as_such(experiment, copy):
+    for result in copy.glob("*/seed-*/result.json"):
+        result.unlink()
+    (copy / "experiment.yaml").write_text((experiment / "experiment.yaml").read_text())
+    assert "it has not finished" in write_page(read_source([copy]))
 
 
 def test_baseline_metric_and_margin_may_be_chosen(experiment):
     source = read_source([experiment], baseline="cka", metric="validation/loss", margin=0.1)
     assert (source.comparison.baseline, source.comparison.rules.metric) == ("cka", "validation/loss")
+    rules = read_source([experiment], metric="validation/loss").comparison.rules
+    # The experiment's margin is of its own metric, which stands beside now.
+    assert (rules.margin, rules.figures[0]) == (None, "validation/accuracy")
     with pytest.raises(ConfigError, match="'cca' is no variant; did you mean cka"):
         read_source([experiment], baseline="cca")
     with pytest.raises(ConfigError, match="no run has this figure"):
@@ -96,10 +118,12 @@ def test_damaged_runs_are_in_the_report_as_such(copy):
 
 
 def test_text_of_configurations_and_data_stays_text(copy):
+    for seed in (0, 1):
+        config = copy / "cka" / f"seed-{seed}" / "config.yaml"
+        tree = yaml_core.parse(config.read_text())
+        tree["data"]["text_column"] = HOSTILE
+        config.write_text(yaml_core.write(tree))
     folder = copy / "cka" / "seed-0"
-    tree = yaml_core.parse((folder / "config.yaml").read_text())
-    tree["data"]["text_column"] = HOSTILE
-    (folder / "config.yaml").write_text(yaml_core.write(tree))
     rows = [json.loads(line) for line in (folder / "importance.jsonl").read_text().splitlines()]
     (folder / "importance.jsonl").write_text("".join(json.dumps(row | {"unit": HOSTILE}) + "\n" for row in rows))
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -114,7 +138,8 @@ def test_tables_hold_each_variants_figures(experiment):
     comparison = read_source([experiment]).comparison
     markdown = to_markdown(comparison)
     assert markdown.splitlines()[0].startswith("| variant | validation accuracy | memory peak |")
-    assert len({line.count("|") for line in markdown.splitlines()}) == 1
+    assert len({line.count("|") for line in markdown.splitlines() if line.startswith("|")}) == 1
+    assert "- late, seed 1, is not in it: it is missing" in markdown
     rows = list(csv.DictReader(io.StringIO(to_csv(comparison))))
     found = [row for row in rows if (row["variant"], row["figure"], row["seed"]) == ("cka", "validation/accuracy", "1")]
     assert float(found[0]["value"]) == comparison.row("cka").cells["validation/accuracy"].by_seed[1]

@@ -8,7 +8,7 @@ import optuna
 import psutil
 import pytest
 from parallel import free_port
-from sweep_tools import wait_for
+from sweep_tools import processes_of, trainings_of, wait_for
 
 from safe_lab import config as configuration
 from safe_lab.run import run
@@ -16,24 +16,6 @@ from safe_lab.sweep.roster import root_of
 from safe_lab.sweep.storage import open_storage
 
 LONG = {"epochs": 60, "save_every": 5, "keep_checkpoints": 1, "eval_every": 20}
-
-
-def processes_of(process, module):
-    """Processes below one that run a module."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if module in child.cmdline():
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def trainings_of(process):
-    """What nurseries below a process have forked."""
-    nurseries = processes_of(process, "safe_lab.cli.nursery")
-    return [forked for forked in nurseries if forked.ppid() in {nursery.pid for nursery in nurseries}]
 
 
 def test_a_study_gives_its_best_trial_and_a_folder_for_each(sweep):
