@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safe_lab.ablation import Comparison
 from safe_lab.ablation.records import Record
@@ -28,8 +28,11 @@ _STACKS = (
     ("resources/flops/", "", "FLOPs so far, TFLOP", 1e12),
     ("resources/seconds/", "", "Seconds so far", 1.0),
 )
-# Points of a line beyond which it is thinned: a page is to stay small.
+# Points of a line, scorings and lines beyond which they are thinned: a page is to stay small.
 _MOST_POINTS = 400
+_MOST_SCORINGS = 60
+_MOST_LINES = 60
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def draw_run(record: Record) -> Iterator[Chart]:
 def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
     import plotly.graph_objects as go
 
-    scorings = sorted({row["scoring"] for row in rows})
+    scorings = _thin(sorted({row["scoring"] for row in rows}), _MOST_SCORINGS)
     epochs = {row["scoring"]: row["epoch"] for row in rows}
     depths = sorted({row["depth"] for row in rows})
     names = {row["depth"]: row["unit"] for row in rows}
@@ -207,8 +210,9 @@ def _draw_scores(rows: Sequence[Mapping[str, Any]]) -> Chart:
     by_unit: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_unit.setdefault(row["depth"], []).append(row)
-    for depth, found in sorted(by_unit.items()):
+    for depth, history in _thin(sorted(by_unit.items()), _MOST_LINES):
         share = depth / max(len(by_unit) - 1, 1)
+        found = _thin(history, _MOST_POINTS)
         figure.add_scatter(
             x=[row["epoch"] for row in found],
             y=[row["normalized_score"] for row in found],
@@ -241,7 +245,7 @@ def _draw_scores(rows: Sequence[Mapping[str, Any]]) -> Chart:
 def _draw_stack(rows: Sequence[Mapping[str, Any]], prefix: str, suffix: str, heading: str, scale: float) -> Chart:
     import plotly.graph_objects as go
 
-    thinned = rows[:: max(1, len(rows) // _MOST_POINTS)]
+    thinned = _thin(rows, _MOST_POINTS)
     keys = [key for key in rows[-1] if key.startswith(prefix) and key.endswith(suffix)]
     figure = go.Figure()
     largest = {key: max(row.get(key) or 0 for row in rows) for key in keys}
@@ -261,6 +265,13 @@ def _draw_stack(rows: Sequence[Mapping[str, Any]], prefix: str, suffix: str, hea
         )
     figure.update_layout(xaxis_title="epoch", yaxis_title=heading)
     return Chart(heading, "Stacked by kind.", figure)
+
+
+def _thin(values: Sequence[_Value], most: int) -> Sequence[_Value]:
+    """At most so many of the values, at even distances, the last among them."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def _rows(path: Path, file: str) -> list[dict[str, Any]]:

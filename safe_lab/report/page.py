@@ -150,8 +150,8 @@ def _runs(records: Iterable[Record], figures: _Figures) -> Iterator[str]:
 def _events(record: Record) -> str:
     try:
         rows = RunFolder(record.path, writes=False).rows("events.jsonl")
-    except (OSError, ValueError):
-        rows = []
+    except (OSError, ValueError) as error:
+        return f"<p>What happened cannot be read: {_escape(str(error))}</p>"
     if not rows:
         return "<p>Nothing froze.</p>"
     items = [

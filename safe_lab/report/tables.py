@@ -93,6 +93,7 @@ def to_csv(comparison: Comparison) -> str:
         "value",
         "spread",
         "difference",
+        "is_relative",
         "low",
         "high",
         "p",
@@ -103,13 +104,17 @@ def to_csv(comparison: Comparison) -> str:
     for row in comparison.rows:
         for figure, cell in row.cells.items():
             found = cell.difference
-            numbers = (found.mean, found.low, found.high, found.p, found.p_corrected) if found else [None] * 5
+            numbers = (
+                (found.mean, found.is_relative, found.low, found.high, found.p, found.p_corrected)
+                if found
+                else [None] * 6
+            )
             verdict = row.verdict if figure == comparison.rules.metric else None
             writer.writerow([row.variant, figure, None, cell.mean, cell.spread, *numbers, verdict])
             for seed, value in cell.by_seed.items():
                 writer.writerow([row.variant, figure, seed, value, None, (found.by_seed.get(seed) if found else None)])
         for seed, fault in row.faults.items():
-            writer.writerow([row.variant, None, seed, None, None, None, None, None, None, None, f"not in it: {fault}"])
+            writer.writerow([row.variant, None, seed, *[None] * 8, f"not in it: {fault}"])
     return stream.getvalue()
 
 
