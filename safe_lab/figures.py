@@ -133,12 +133,21 @@ def _of_sharpness(result: Mapping[str, Any], name: str) -> float | None:
 
 
 def is_cost(name: str) -> bool:
-    """Whether a figure is an amount that is spent, so that what counts is by which factor it differs.
+    """Whether a figure is an amount that is spent.
 
     >>> is_cost("resources/flops"), is_cost("validation/accuracy")
     (True, False)
     """
     return name.startswith(("resources/", "seconds/", "parameters/"))
+
+
+def differs_by_factor(name: str) -> bool:
+    """Whether what counts is by which factor a figure differs, where it is positive: a cost, or a curvature.
+
+    >>> differs_by_factor("sharpness/trace"), differs_by_factor("validation/loss")
+    (True, False)
+    """
+    return is_cost(name) or name.startswith("sharpness/")
 
 
 def direction_of(name: str) -> int:

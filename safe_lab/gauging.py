@@ -26,9 +26,9 @@ from safe_lab.processes import ALONE, Processes
 from safe_lab.run_folder import RunFolder, to_json
 from safe_lab.sharpness import LANDSCAPES, Budget, Gauge, Plan, Sample, landscape, summarize
 from safe_lab.sharpness.gauge import TRAINING
-from safe_lab.sharpness.lanczos import Eigenpairs
+from safe_lab.sharpness.lanczos import Eigenpairs, density
 from safe_lab.sharpness.landscape import Slice1D, Slice2D
-from safe_lab.sharpness.plots import check_installed
+from safe_lab.sharpness.plots import Spectrum, check_installed
 from safe_lab.sharpness.sample import batch_by_tokens, draw_rows
 from safe_lab.units import Unit
 from safe_lab.whole_file import whole_file
@@ -285,10 +285,7 @@ def draw(runs: Mapping[str, Findings], place: Path) -> list[Path]:
     from safe_lab.sharpness import plots
 
     drawn: list[Path] = []
-    with_spectrum = {name: found.figures for name, found in runs.items() if "spectrum" in found.figures}
-    # Smoothed alike, as a peak's height depends on that.
-    widest = max((_span(figures) for figures in with_spectrum.values()), default=0.0)
-    spectra = {name: _spectrum(figures, widest) for name, figures in with_spectrum.items()}
+    spectra = read_spectra({name: found.figures for name, found in runs.items()})
     if spectra:
         drawn += plots.draw_spectra(spectra, place / "spectrum", title="spectrum of the Hessian")
     for kind, what in LANDSCAPES.items():
@@ -305,18 +302,47 @@ def draw(runs: Mapping[str, Findings], place: Path) -> list[Path]:
     return [path for path in drawn if path.suffix == ".png"]
 
 
-def _span(figures: Mapping[str, Any]) -> float:
-    return float(figures["spectrum"]["largest"] - figures["spectrum"]["smallest"])
+def read_spectra(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Spectrum]:
+    """Spectral densities of runs, smoothed alike, as a peak's height depends on that.
+
+    Args:
+        figures: ``sharpness`` of result.json, by the run's name; those without a spectrum are left out.
+    """
+    spans = {
+        name: found["spectrum"]["largest"] - found["spectrum"]["smallest"]
+        for name, found in figures.items()
+        if "spectrum" in found
+    }
+    widest = max(spans.values(), default=0.0)
+    spectra = {}
+    for name, span in spans.items():
+        found = figures[name]["spectrum"]
+        nodes = list(zip(found["nodes"], found["weights"], strict=True))
+        grid, values = density(nodes, width=0.01 * widest / (span or 1.0))
+        spectra[name] = Spectrum(grid, values, figures[name].get("top_eigenvalues", ()))
+    return spectra
 
 
-def _spectrum(figures: Mapping[str, Any], widest: float) -> Any:
-    from safe_lab.sharpness.lanczos import density
-    from safe_lab.sharpness.plots import Spectrum
+def read_slices(folder: Path) -> dict[str, list[Slice1D] | Slice2D]:
+    """Slices of the loss that were measured of a run, by kind; empty if none were.
 
-    found = figures["spectrum"]
-    nodes = list(zip(found["nodes"], found["weights"], strict=True))
-    grid, values = density(nodes, width=0.01 * widest / (_span(figures) or 1.0))
-    return Spectrum(grid, values, figures.get("top_eigenvalues", ()))
+    Args:
+        folder: The run's.
+
+    Raises:
+        ValueError: The file is damaged, or of another version.
+    """
+    path = folder / "sharpness" / "landscape.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            kind: [Slice1D.from_json(one) for one in found] if isinstance(found, list) else Slice2D.from_json(found)
+            for kind, found in tree.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
 def _take_slices(

@@ -221,30 +221,32 @@ def start_trackers(
     return started
 
 
-def log_study(
+def log_group(
     *,
+    kind: Literal["sweep", "ablation"],
     mode: Literal["offline", "online"],
     project: str,
     name: str,
     folder: Path,
     config: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
     summary: Mapping[str, Any],
-    pictures: Mapping[str, Any],
     identity: str,
+    pictures: Mapping[str, Any] | None = None,
 ) -> None:
-    """Send what a study came to, as a W&B run in the group of its trials' runs; a W&B that fails is told and left.
+    """Send what many runs came to, as a W&B run in their group; a W&B that fails is told and left.
 
     Args:
+        kind: What made them.
         mode: ``offline`` or ``online``.
         project: Project name.
-        name: Of the study, by which its trials' runs are grouped too.
+        name: By which its runs are grouped too.
         folder: Where W&B puts its files.
-        config: What the study searches.
-        rows: A row for each trial, all with the same columns.
+        config: What was asked for.
+        tables: By name, rows that all have the same columns.
         summary: What it came to.
+        identity: Told again, it is the same run.
         pictures: Plotly's figures, by name.
-        identity: Of the study: told again, it is the same run.
     """
     try:
         import wandb
@@ -255,7 +257,7 @@ def log_study(
             project=project,
             name=name,
             group=name,
-            job_type="sweep",
+            job_type=kind,
             id=identity,
             resume="allow",
             dir=str(folder),
@@ -263,15 +265,16 @@ def log_study(
             config=dict(config),
             settings=settings,
         )
-        if rows:
-            columns: list[str | int] = list(rows[0])
-            data = [[_cell(value) for value in row.values()] for row in rows]
-            run.log({"trials": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
-        for title, picture in pictures.items():
+        for title, rows in tables.items():
+            if rows:
+                columns: list[str | int] = list(rows[0])
+                data = [[_cell(value) for value in row.values()] for row in rows]
+                run.log({title: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+        for title, picture in (pictures or {}).items():
             run.log({f"pictures/{title}": wandb.Plotly(picture)})
         run.summary.update(dict(summary))
         run.finish()
-    except Exception as error:  # noqa: BLE001 - whatever a tracker's code raises, the study has ended well
+    except Exception as error:  # noqa: BLE001 - whatever a tracker's code raises, the runs have ended well
         log.warning("tracker wandb failed and is left: %s: %s", type(error).__name__, error)
 
 

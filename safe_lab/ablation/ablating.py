@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
+
 from safe_lab import run_folder, yaml_core
-from safe_lab.ablation.comparison import Comparison, Rules, compare
+from safe_lab.ablation.comparison import Comparison, compare
 from safe_lab.ablation.experiment_file import Experiment
 from safe_lab.ablation.records import read_experiment
 from safe_lab.ablation.running import Show, State, run_missing
@@ -11,6 +13,8 @@ from safe_lab.hardware import environments, find_gpus
 from safe_lab.run_folder import RunFolder, to_json
 from safe_lab.section import ConfigError
 from safe_lab.trainings import check_data, is_finished
+
+_IDENTITY_FILE = "experiment_id"
 
 
 def run(experiment: Experiment, *, workers: int = 1, show: Show) -> Comparison:
@@ -22,7 +26,7 @@ def run(experiment: Experiment, *, workers: int = 1, show: Show) -> Comparison:
         show: Called whenever a run's state has changed.
 
     Returns:
-        The comparison, which also lies as ``comparison.json`` in the experiment's folder.
+        The comparison, which also lies as ``comparison.json`` in the experiment's folder, and is told to W&B where its runs are.
 
     Raises:
         ConfigError: Something the user can mend.
@@ -43,12 +47,38 @@ def run(experiment: Experiment, *, workers: int = 1, show: Show) -> Comparison:
         failures = {(run.variant, run.seed): run.note for run in stood if run.state == State.FAILED}
         found = compare_runs(experiment, failures)
         files.write("comparison.json", to_json(found.to_dict()))
+        _log_to_wandb(experiment, found)
     return found
 
 
 def compare_runs(experiment: Experiment, failures: dict[tuple[str, int], str]) -> Comparison:
     """What the runs of an experiment come to, as far as they are there."""
-    settings = experiment.settings
-    figures = tuple(figure for figure in settings.figures if figure != experiment.metric)
-    rules = Rules(experiment.metric, figures, settings.margin, settings.confidence, settings.test)
-    return compare(read_experiment(experiment, failures), rules, experiment.baseline)
+    return compare(read_experiment(experiment, failures), experiment.rules, experiment.baseline)
+
+
+def _log_to_wandb(experiment: Experiment, found: Comparison) -> None:
+    """One run beside those of the variants, in the same group: the table of the comparison."""
+    config = experiment.config_of(*experiment.runs[0])
+    if config.tracking.wandb == "disabled":
+        return
+    from safe_lab.tracking import log_group
+
+    log_group(
+        kind="ablation",
+        mode=config.tracking.wandb,
+        project=config.tracking.project,
+        name=experiment.name,
+        folder=experiment.folder,
+        config=experiment.to_dict(),
+        tables={"comparison": found.table()},
+        summary={row.variant: row.verdict.value for row in found.rows},
+        identity=_identify(experiment),
+    )
+
+
+def _identify(experiment: Experiment) -> str:
+    """What names the experiment in this folder for as long as it is there."""
+    path = experiment.folder / _IDENTITY_FILE
+    if not path.exists():
+        RunFolder(experiment.folder).write(_IDENTITY_FILE, uuid.uuid4().hex + "\n")
+    return path.read_text(encoding="utf-8").strip()

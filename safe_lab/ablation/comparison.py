@@ -1,8 +1,8 @@
 r"""Variants held against a baseline, seed by seed, figure by figure.
 
-Differences are of the seeds that both variants have finished. Of a task metric, a share or a depth they are taken as they are; of
-costs, which are positive and differ by factors, as logarithms, and told as :math:`\exp(\overline{\Delta \log x}) - 1`: a fall to
-a half and a rise to the double weigh alike.
+Differences are of the seeds that both variants have finished. Of a task metric, a share or a depth they are taken as they are.
+Costs and curvatures differ by factors: where they are positive, their differences are of logarithms, and told as
+:math:`\exp(\overline{\Delta \log x}) - 1`, so that a fall to a half and a rise to the double weigh alike.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
+from safe_lab.ablation.claims import Outcome
+from safe_lab.ablation.claims import judge as judge_claim
 from safe_lab.ablation.records import PLACE, Record
-from safe_lab.figures import direction_of, is_cost
+from safe_lab.ablation.rules import Rules
+from safe_lab.figures import differs_by_factor, direction_of
 from safe_lab.run_folder import changed_keys
 from safe_lab.statistics import (
-    Test,
     correct,
     effect_size,
     find_side,
@@ -28,6 +30,9 @@ from safe_lab.statistics import (
     smallest_p,
     spread,
 )
+
+# Of a difference, in a table.
+_TOLD = ("is_relative", "low", "high", "p", "p_corrected", "effect_size")
 
 
 class Verdict(StrEnum):
@@ -40,25 +45,6 @@ class Verdict(StrEnum):
     NO_DIFFERENCE_FOUND = "no difference found"
     NOT_ENOUGH_SEEDS = "not enough seeds to say"
     NO_RUNS = "no runs to compare"
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How it is compared.
-
-    Attributes:
-        metric: The figure that says how good a run is.
-        figures: The others.
-        margin: By how much of the metric a variant may be worse and still be called no worse; None: it is not asked.
-        confidence: Of intervals.
-        test: That p is of.
-    """
-
-    metric: str
-    figures: tuple[str, ...]
-    margin: float | None = None
-    confidence: float = 0.95
-    test: Test = "permutation"
 
 
 @dataclass(frozen=True)
@@ -141,16 +127,38 @@ class Comparison:
         baseline: Which.
         rows: The variants, the baseline among them, in their order.
         warnings: What stands against taking the differences at their word.
+        claims: What came of each claim of the rules.
     """
 
     rules: Rules
     baseline: str
     rows: Sequence[Row]
     warnings: Sequence[str]
+    claims: Sequence[Outcome] = ()
 
     def row(self, variant: str) -> Row:
         """That of a variant."""
         return next(row for row in self.rows if row.variant == variant)
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row of plain values for each variant and figure, the metric first; None where there is none."""
+        rows = []
+        for row in self.rows:
+            for figure, cell in row.cells.items():
+                found = cell.difference
+                rows.append(
+                    {
+                        "variant": row.variant,
+                        "figure": figure,
+                        "n": len(cell.by_seed),
+                        "mean": cell.mean,
+                        "spread": cell.spread,
+                        "difference": None if found is None else found.mean,
+                        **{key: None if found is None else getattr(found, key) for key in _TOLD},
+                        "verdict": row.verdict.value if figure == self.rules.metric else None,
+                    }
+                )
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -173,7 +181,7 @@ def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Compariso
     base = by_variant[baseline]
     others = [variant for variant in by_variant if variant != baseline]
     cells: dict[str, dict[str, Cell]] = {variant: {} for variant in by_variant}
-    for figure in dict.fromkeys((rules.metric, *rules.figures)):
+    for figure in dict.fromkeys((rules.metric, *rules.figures, *(claim.figure for claim in rules.claims))):
         values = {variant: _by_seed(runs, figure) for variant, runs in by_variant.items()}
         differences = {variant: _differ(figure, values[variant], values[baseline], rules) for variant in others}
         for variant, difference in _correct(differences).items():
@@ -196,7 +204,11 @@ def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Compariso
         )
         faults = {record.seed: record.fault for record in runs if record.fault}
         rows.append(Row(variant, cells[variant], verdict, reason, p, corrected_p, _changes(base, runs), faults))
-    return Comparison(rules, baseline, rows, _find_warnings(by_variant, baseline))
+    outcomes = []
+    for claim in rules.claims:
+        cell = cells.get(claim.variant, {}).get(claim.figure)
+        outcomes.append(judge_claim(claim, None if cell is None else cell.difference))
+    return Comparison(rules, baseline, rows, _find_warnings(by_variant, baseline), outcomes)
 
 
 def judge(cell: Cell | None, num_comparisons: int, rules: Rules, p_worse: float | None = None) -> tuple[Verdict, str]:
@@ -283,7 +295,7 @@ def _differ(figure: str, ours: Mapping[int, float], theirs: Mapping[int, float],
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None
-    is_relative = is_cost(figure) and all(values[seed] > 0 for values in (ours, theirs) for seed in seeds)
+    is_relative = differs_by_factor(figure) and all(values[seed] > 0 for values in (ours, theirs) for seed in seeds)
     scale = math.log if is_relative else float
     tell = math.expm1 if is_relative else float
     differences = [scale(ours[seed]) - scale(theirs[seed]) for seed in seeds]

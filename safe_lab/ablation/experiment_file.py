@@ -14,9 +14,10 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from safe_lab import config as configuration
+from safe_lab.ablation.rules import Claim, Rules
 from safe_lab.config import Config, Positive, Seeds, safe_folder_name
 from safe_lab.data.tasks import TASKS, metric_key
-from safe_lab.figures import check_figure, is_cost
+from safe_lab.figures import check_figure, differs_by_factor, direction_of, is_cost
 from safe_lab.run_folder import changed_keys
 from safe_lab.section import ConfigError, Section, check, override_all, override_copy, read_tree
 from safe_lab.statistics import Test
@@ -24,13 +25,26 @@ from safe_lab.suggest import did_you_mean
 
 # Where runs go, and what they draw, is the experiment's own business.
 _NOT_VARIED = ("name", "variant", "output_dir", "seed", "tracking")
-# What a comparison shows beside the metric, where the file names nothing.
+# What a comparison shows beside the metric where the file names nothing, as far as runs have it.
 FIGURES = (
     *("resources/memory_peak_bytes", "resources/memory_mean_bytes", "resources/flops", "resources/wall_seconds"),
     *("resources/cpu_seconds", "resources/joules", "frozen_share", "frozen_depth"),
+    *("sharpness/effective_weight_trace", "sharpness/trace", "sharpness/top_eigenvalue"),
 )
 
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
+
+
+class ClaimSection(Section):
+    """A figure that someone has claimed, to be held against what comes out."""
+
+    variant: str = Field(description="of which variant")
+    figure: str = Field(description="of which figure of result.json")
+    difference: float = Field(
+        allow_inf_nan=False,
+        description="to the baseline, of the same figure; of a cost or a curvature as a share, such as -0.25 for a quarter less",
+    )
+    source: str = Field(description="who says so, and where")
 
 
 class ExperimentSection(Section):
@@ -61,6 +75,9 @@ class ExperimentSection(Section):
         None,
         description="by how much of the metric a variant may be worse and still count as no worse, such as 0.01 (of a cost: a "
         "share); null: that is not asked",
+    )
+    claims: tuple[ClaimSection, ...] = Field(
+        (), description="what a paper reports of a variant, say: shown beside what came out"
     )
     confidence: Confidence = Field(0.95, description="of intervals; 1 - confidence is what a p must stay under")
     keep_checkpoints: bool = Field(False, description="leave the checkpoints of finished runs on disk")
@@ -103,6 +120,19 @@ class Experiment:
     variants: Mapping[str, Mapping[str, Any]]
     baseline: str
     metric: str
+
+    @property
+    def rules(self) -> Rules:
+        """How its variants are compared."""
+        settings = self.settings
+        return Rules(
+            metric=self.metric,
+            figures=tuple(figure for figure in settings.figures if figure != self.metric),
+            margin=settings.margin,
+            confidence=settings.confidence,
+            test=settings.test,
+            claims=tuple(Claim(**claim.model_dump()) for claim in settings.claims),
+        )
 
     @property
     def name(self) -> str:
@@ -162,7 +192,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, baseline: str | Non
     if faults:
         raise ConfigError("\n".join(faults))
     if baseline is not None:
-        settings = settings.model_copy(update={"baseline": baseline})
+        # What is claimed is of differences to the file's own.
+        settings = settings.model_copy(update={"baseline": baseline, "claims": ()})
     # What a run of the base says of itself is not for its variants.
     for key in ("variant", "seed"):
         base.pop(key, None)
@@ -217,8 +248,11 @@ def _check(settings: ExperimentSection) -> Experiment:
         faults.append(
             f"margin: of a cost it is a share, such as 0.05 for five percent, and {settings.margin:g} is none"
         )
-    for figure in dict.fromkeys((metric, *settings.figures)):
+    named = settings.figures if settings.figures != FIGURES else ()
+    for figure in dict.fromkeys((metric, *named)):
         faults += _find_faults_of_figure(figure, configs)
+    for claim in settings.claims:
+        faults += _find_faults_of_claim(claim, variants, baseline, configs)
     if faults:
         raise ConfigError("\n".join(faults))
     return Experiment(settings, variants, baseline, metric)
@@ -250,3 +284,18 @@ def _find_faults_of_figure(figure: str, configs: Mapping[str, Config]) -> list[s
         except ValueError as error:
             return [f"figures: {error}"]
     return []
+
+
+def _find_faults_of_claim(
+    claim: ClaimSection, variants: Mapping[str, object], baseline: str, configs: Mapping[str, Config]
+) -> list[str]:
+    if claim.variant not in variants or claim.variant == baseline:
+        others = [variant for variant in variants if variant != baseline]
+        hint = did_you_mean(claim.variant, others)
+        return [f"claims: {claim.variant!r} is no variant that is held against {baseline}{hint}"]
+    faults = [fault.replace("figures: ", "claims: ", 1) for fault in _find_faults_of_figure(claim.figure, configs)]
+    if not faults and direction_of(claim.figure) == 0:
+        faults.append(f"claims: {claim.figure} is neither good nor bad by itself")
+    if not faults and differs_by_factor(claim.figure) and claim.difference <= -1:
+        faults.append(f"claims: a cost falls by a share of itself, such as -0.25, and {claim.difference:g} is none")
+    return faults

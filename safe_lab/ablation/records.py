@@ -169,7 +169,8 @@ def _read_result(path: Path) -> tuple[Mapping[str, Any], str]:
     lacking = [key for key in _NEEDED if key not in result] if isinstance(result, dict) else list(_NEEDED)
     if lacking:
         return {}, f"its result.json is of another version: it lacks {', '.join(lacking)}"
-    if not all(isinstance(result[key], dict) for key in ("metrics", "resources", "fingerprints")):
+    trees = [*(result[key] for key in ("metrics", "resources", "fingerprints")), result.get("sharpness") or {}]
+    if not all(isinstance(tree, dict) for tree in trees):
         return {}, "its result.json is damaged"
     return result, ""
 

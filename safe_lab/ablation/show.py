@@ -13,7 +13,7 @@ from rich.table import Table
 from safe_lab.ablation.comparison import Comparison, Difference, Row, Verdict
 from safe_lab.ablation.experiment_file import Experiment
 from safe_lab.ablation.running import Progress, Show, State
-from safe_lab.figures import format_figure, is_cost
+from safe_lab.figures import differs_by_factor, format_figure
 
 _MINUS = "\N{MINUS SIGN}"
 
@@ -64,7 +64,21 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
             _say(console, f"{row.variant}, seed {seed}, is not in it: {' '.join(fault.splitlines()[:2])}")
     for warning in comparison.warnings:
         _say(console, f"warning: {warning}")
+    for line in describe_claims(comparison):
+        _say(console, line)
     _say(console, describe_rules(comparison))
+
+
+def describe_claims(comparison: Comparison) -> Iterator[str]:
+    """Each claim, and what came of it, in a line."""
+    for claim, outcome in zip(comparison.rules.claims, comparison.claims, strict=True):
+        found = difference_of(comparison.row(claim.variant), claim.figure)
+        claimed = _signed(claim.figure, claim.difference, differs_by_factor(claim.figure))
+        line = f"{claim.source} claims {claimed} {claim.figure} of {claim.variant}: {outcome}"
+        if found is not None:
+            interval = format_interval(claim.figure, found)
+            line += f"; found {format_difference(claim.figure, found)}" + (f" ({interval})" if interval else "")
+        yield line
 
 
 def describe_rules(comparison: Comparison) -> str:
@@ -142,7 +156,9 @@ def _cells(row: Row, comparison: Comparison, figures: Sequence[str]) -> list[str
     for figure in figures:
         cell, found = row.cells.get(figure), difference_of(row, figure)
         value = "" if cell is None else format_figure(figure, cell.mean)
-        shown.append(f"{value}\n{format_difference(figure, found)}" if found is not None and is_cost(figure) else value)
+        shown.append(
+            f"{value}\n{format_difference(figure, found)}" if found is not None and found.is_relative else value
+        )
     said = "" if row.verdict == Verdict.BASELINE else f"{row.verdict}: {row.reason}"
     return [*shown, escape(said)]
 

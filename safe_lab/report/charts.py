@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's, which the colour-blind tell apart; without yellow and black, of which each is lost on one of the two themes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")
 _MEMORY = "resources/memory_mean_bytes"
 _MIB = 1024**2
 # Of a stacked chart: what is stacked, its heading, its unit and by what it is divided.
@@ -62,7 +62,7 @@ def draw_trade_off(comparison: Comparison) -> Chart | None:
     points = []
     for i, row in enumerate(rows):
         y, x = row.cells[metric], row.cells[_MEMORY]
-        style = {"color": _colour(i), "symbol": _SYMBOLS[i % len(_SYMBOLS)]}
+        style = {"color": colour_of(i), "symbol": SYMBOLS[i % len(SYMBOLS)]}
         seeds = [seed for seed in y.by_seed if seed in x.by_seed]
         figure.add_scatter(
             x=[x.by_seed[seed] / _MIB for seed in seeds],
@@ -124,8 +124,8 @@ def draw_learning_curves(records: Sequence[Record], metric: str) -> Chart | None
             y=[fmean(values[epoch]) for epoch in epochs],
             name=variant,
             mode="lines+markers",
-            line={"color": _colour(i)},
-            marker={"symbol": _SYMBOLS[i % len(_SYMBOLS)]},
+            line={"color": colour_of(i)},
+            marker={"symbol": SYMBOLS[i % len(SYMBOLS)]},
         )
     figure.update_layout(xaxis_title="epoch", yaxis_title=metric)
     return Chart(f"{metric} over training", "Means over the seeds of a variant, at each evaluation.", figure)
@@ -261,7 +261,7 @@ def _draw_stack(rows: Sequence[Mapping[str, Any]], prefix: str, suffix: str, hea
             y=[sum(row.get(key) or 0 for key in members) / scale for row in thinned],
             stackgroup="all",
             name=name,
-            line={"width": 0.5, "color": _colour(i)},
+            line={"width": 0.5, "color": colour_of(i)},
         )
     figure.update_layout(xaxis_title="epoch", yaxis_title=heading)
     return Chart(heading, "Stacked by kind.", figure)
@@ -286,7 +286,8 @@ def _rows(path: Path, file: str) -> list[dict[str, Any]]:
     return found
 
 
-def _colour(i: int) -> str:
+def colour_of(i: int) -> str:
+    """Colour of the i-th of several."""
     return COLOURS[i % len(COLOURS)]
 
 

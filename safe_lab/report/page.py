@@ -13,8 +13,9 @@ from safe_lab import yaml_core
 from safe_lab.ablation import Comparison, Verdict
 from safe_lab.ablation.comparison import Row
 from safe_lab.ablation.records import Record
-from safe_lab.ablation.show import describe_rules
+from safe_lab.ablation.show import describe_claims, describe_rules
 from safe_lab.report.charts import Chart, draw_learning_curves, draw_run, draw_trade_off
+from safe_lab.report.curvature import draw_slices, draw_spectra
 from safe_lab.report.source import Source
 from safe_lab.report.tables import figures_of, find_best, format_cell, short_name, warnings_of
 from safe_lab.report.words import describe
@@ -80,7 +81,14 @@ def _sections(source: Source, figures: _Figures) -> Iterator[str]:
     yield "<h2>Variants</h2>"
     yield _table(comparison)
     yield f'<p class="rules">{_escape(describe_rules(comparison))}</p>'
-    charts = [draw_trade_off(comparison), draw_learning_curves(source.records, comparison.rules.metric)]
+    claims = [f"<li>{_escape(line)}</li>" for line in describe_claims(comparison)]
+    if claims:
+        yield f"<h2>What was claimed</h2><ul>{''.join(claims)}</ul>"
+    charts = [
+        draw_trade_off(comparison),
+        draw_learning_curves(source.records, comparison.rules.metric),
+        draw_spectra(source.records),
+    ]
     shown = "".join(figures.place(chart) for chart in charts if chart is not None)
     if shown:
         yield f'<h2>At a glance</h2><div class="charts">{shown}</div>'
@@ -123,7 +131,7 @@ def _table_row(row: Row, comparison: Comparison, figures: Sequence[str]) -> str:
     ]
     for figure in figures:
         cell = row.cells.get(figure)
-        value, difference = format_cell(row, figure)
+        value, difference = format_cell(comparison, row, figure)
         best = ' class="best"' if find_best(comparison, figure) == row.variant else ""
         below = f"<small>{_escape(difference)}</small>" if difference else ""
         number = "" if cell is None else repr(cell.mean)
@@ -143,8 +151,16 @@ def _runs(records: Iterable[Record], figures: _Figures) -> Iterator[str]:
         charts = "".join(figures.place(chart) for chart in draw_run(record))
         yield (
             f"<details{is_open}><summary>{_escape(record.variant)}, seed {record.seed}</summary>"
-            f'<div class="charts">{charts}</div>{_events(record)}</details>'
+            f'<div class="charts">{charts}</div>{_slices(record, figures)}{_events(record)}</details>'
         )
+
+
+def _slices(record: Record, figures: _Figures) -> str:
+    try:
+        charts = "".join(figures.place(chart) for chart in draw_slices(record))
+    except ValueError as error:
+        return f"<p>The loss around the solution cannot be read: {_escape(str(error))}</p>"
+    return f'<h3>The loss around the solution</h3><div class="charts">{charts}</div>' if charts else ""
 
 
 def _events(record: Record) -> str:

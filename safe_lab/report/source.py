@@ -51,8 +51,10 @@ def read_source(
     if experiment is not None:
         records: list[Record] = read_experiment(experiment, read_failures(folder or experiment.folder), folder)
         name, command = experiment.name, f"safe-lab ablate {paths[0] if paths[0].is_file() else paths[0] / _EXPERIMENT}"
-        settings = experiment.settings
-        rules = Rules(experiment.metric, settings.figures, settings.margin, settings.confidence, settings.test)
+        rules = experiment.rules
+        if baseline not in (None, experiment.baseline):
+            # What is claimed is of differences to the experiment's own.
+            rules = replace(rules, claims=())
         baseline = baseline or experiment.baseline
     else:
         records = _name_apart([read_record(path) for path in find_runs(paths)])

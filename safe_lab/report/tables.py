@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from statistics import fmean
 
 from safe_lab.ablation import Comparison, Verdict
 from safe_lab.ablation.comparison import Row
-from safe_lab.ablation.show import difference_of, format_difference, format_interval
+from safe_lab.ablation.show import describe_claims, difference_of, format_difference, format_interval
 from safe_lab.figures import direction_of, format_figure
 
 _LATEX = str.maketrans(
@@ -36,9 +37,14 @@ def figures_of(comparison: Comparison) -> list[str]:
 
 
 def find_best(comparison: Comparison, figure: str) -> str | None:
-    """The variant with the best mean of a figure; None of one that is neither good nor bad, or where all are alike."""
+    """The variant with the best mean of a figure over the seeds that all have.
+
+    None of a figure that is neither good nor bad by itself, and where all are alike or no seed has all.
+    """
     sign = direction_of(figure)
-    means = {row.variant: row.cells[figure].mean for row in comparison.rows if figure in row.cells}
+    by_variant = {row.variant: row.cells[figure].by_seed for row in comparison.rows if figure in row.cells}
+    shared = set.intersection(*(set(by_seed) for by_seed in by_variant.values())) if by_variant else set()
+    means = {variant: fmean(by_seed[seed] for seed in shared) for variant, by_seed in by_variant.items() if shared}
     if not sign or len(set(means.values())) < 2:
         return None
     return max(means, key=lambda variant: sign * means[variant])
@@ -49,14 +55,19 @@ def short_name(figure: str) -> str:
     return figure.removeprefix("resources/").removesuffix("_bytes").replace("_", " ").replace("/", " ")
 
 
-def format_cell(row: Row, figure: str) -> tuple[str, str]:
-    """A variant's figure with its spread, and its difference to the baseline with its interval; empty where there is none."""
+def format_cell(comparison: Comparison, row: Row, figure: str) -> tuple[str, str]:
+    """A variant's figure with its spread, and its difference to the baseline with its interval; empty where there is none.
+
+    Where runs are missing, the number of those it is of stands beside it.
+    """
     cell, found = row.cells.get(figure), difference_of(row, figure)
     if cell is None:
         return "", ""
     value = format_figure(figure, cell.mean)
     if cell.spread is not None:
         value += f" \N{PLUS-MINUS SIGN} {format_figure(figure, cell.spread)}"
+    if len({len(other.cells[figure].by_seed) for other in comparison.rows if figure in other.cells}) > 1:
+        value += f" (n = {len(cell.by_seed)})"
     if found is None:
         return value, ""
     interval = format_interval(figure, found)
@@ -73,12 +84,12 @@ def to_markdown(comparison: Comparison) -> str:
     for row in comparison.rows:
         cells = []
         for figure in figures:
-            value, difference = format_cell(row, figure)
+            value, difference = format_cell(comparison, row, figure)
             shown = f"**{value}**" if value and find_best(comparison, figure) == row.variant else value
             cells.append(f"{shown}<br>{difference}" if difference else shown)
         lines.append([row.variant, *cells, _verdict(row)])
     table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-    notes = "".join(f"- {' '.join(note.split())}\n" for note in warnings_of(comparison))
+    notes = "".join(f"- {' '.join(note.split())}\n" for note in notes_of(comparison))
     return f"{table}\n{notes}" if notes else table
 
 
@@ -130,13 +141,13 @@ def to_latex(comparison: Comparison) -> str:
     for row in comparison.rows:
         values, differences = [], []
         for figure in figures:
-            value, difference = (_escape(part) for part in format_cell(row, figure))
+            value, difference = (_escape(part) for part in format_cell(comparison, row, figure))
             values.append(rf"\textbf{{{value}}}" if value and find_best(comparison, figure) == row.variant else value)
             differences.append(rf"{{\scriptsize {difference}}}" if difference else "")
         lines.append(" & ".join([_escape(row.variant), *values]) + r" \\")
         if any(differences):
             lines.append(" & ".join(["", *differences]) + r" \\")
-    notes = [f"% {' '.join(note.split())}" for note in warnings_of(comparison)]
+    notes = [f"% {' '.join(note.split())}" for note in notes_of(comparison)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, ""])
 
 
@@ -156,3 +167,8 @@ def warnings_of(comparison: Comparison) -> Sequence[str]:
         for seed, fault in row.faults.items()
     ]
     return [*faults, *comparison.warnings]
+
+
+def notes_of(comparison: Comparison) -> Sequence[str]:
+    """What stands below a table: what was claimed, and what stands against taking it at its word."""
+    return [*describe_claims(comparison), *warnings_of(comparison)]

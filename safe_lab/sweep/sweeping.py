@@ -94,15 +94,16 @@ def _log_to_wandb(outcome: Outcome, pictures: Mapping[str, Any]) -> None:
     config = study_file.config_of(0, {}, study_file.settings.seeds[0])
     if config.tracking.wandb == "disabled":
         return
-    from safe_lab.tracking import log_study
+    from safe_lab.tracking import log_group
 
-    log_study(
+    log_group(
+        kind="sweep",
         mode=config.tracking.wandb,
         project=config.tracking.project,
         name=study_file.settings.name,
         folder=study_file.folder,
         config=study_file.definition(),
-        rows=outcome.rows(),
+        tables={"trials": outcome.rows()},
         summary=outcome.to_dict(),
         pictures=pictures,
         identity=read_identity(study_file.folder),

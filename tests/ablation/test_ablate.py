@@ -3,12 +3,14 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 from sweep_tools import trainings_of, wait_for
+from test_tracking import records
 from tiny import save_tiny_model
 
 from safe_lab import yaml_core
@@ -100,6 +102,29 @@ def test_variants_of_a_seed_begin_with_the_same_head_and_see_the_same_rows(ablat
     by_seed = [{loss for path, loss in losses.items() if path.name == f"seed-{seed}"} for seed in (0, 1)]
     assert [len(found) for found in by_seed] == [1, 1]
     assert by_seed[0] != by_seed[1]
+
+
+def test_wandb_has_the_comparison_as_a_table_in_the_group_of_its_runs(ablation):
+    ablation.tree["base"]["tracking"] = {"wandb": "offline"}
+    ablation.run(seeds=1)
+    told = json.dumps(records(ablation.folder))
+    for shown in ("comparison.table.json", "ablation", (ablation.folder / "experiment_id").read_text().strip()):
+        assert shown in told, shown
+    table = json.loads(next(ablation.folder.glob("wandb/offline-run-*/files/media/table/comparison*.json")).read_text())
+    columns = {name: [row[i] for row in table["data"]] for i, name in enumerate(table["columns"])}
+    assert set(columns["variant"]) == {"none", "cka"}
+    assert {"mean", "difference", "low", "high", "p_corrected"} < set(columns)
+    (one,) = (
+        value
+        for value, verdict in zip(columns["verdict"], columns["variant"], strict=True)
+        if verdict == "cka" and value
+    )
+    assert one == "not enough seeds to say"
+    groups = {
+        re.search(r'"(?:run_group|runGroup)": "(\w+)"', json.dumps(records(folder))).group(1)
+        for folder in (ablation.folder, ablation.folder / "cka" / "seed-0")
+    }
+    assert groups == {"experiment"}
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(ablation):

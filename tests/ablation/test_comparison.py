@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from safe_lab.ablation.comparison import Rules, Verdict, compare
+from safe_lab.ablation.claims import Outcome
+from safe_lab.ablation.comparison import Verdict, compare
 from safe_lab.ablation.records import Record
+from safe_lab.ablation.rules import Claim, Rules
+from safe_lab.ablation.show import describe_claims
 from safe_lab.statistics import mean_interval, p_value
 
 ACCURACY, FLOPS = "validation/accuracy", "resources/flops"
@@ -60,6 +63,38 @@ def test_costs_are_compared_by_factors():
     assert list(cell.difference.by_seed.values()) == pytest.approx([-0.5, 1.0])
     # To a half and to the double: no difference on average.
     assert cell.difference.mean == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "factors", "outcome"),
+    [
+        (-0.2, (0.5, 0.55, 0.52), Outcome.REACHED),
+        (-0.6, (0.5, 0.55, 0.52), Outcome.MISSED),
+        (-0.5, (0.5, 0.55, 0.49), Outcome.HELD),
+        (-0.5, (0.1,), Outcome.UNKNOWN),
+        # A cost of nothing has no factor.
+        (-0.5, (0.0, 0.0, 0.0), Outcome.NO_RUNS),
+        (-0.5, (), Outcome.NO_RUNS),
+    ],
+)
+def test_a_claim_is_reached_missed_or_held_by_the_interval(claimed, factors, outcome):
+    base = [record("none", seed, 0.8, 1e12 * (seed + 1)) for seed in range(3)]
+    ours = [record("cka", seed, 0.8, 1e12 * (seed + 1) * factor) for seed, factor in enumerate(factors)]
+    lost = [record("cka", seed, 0.8, fault="it is missing") for seed in range(len(factors), 3)]
+    rules = Rules(ACCURACY, (), claims=(Claim("cka", FLOPS, claimed, "a paper"),))
+    found = compare([*base, *ours, *lost], rules, "none")
+    assert list(found.claims) == [outcome]
+    (line,) = describe_claims(found)
+    assert line.startswith(f"a paper claims \N{MINUS SIGN}{-claimed:.1%}".replace("%", " %"))
+    assert str(outcome) in line
+
+
+def test_of_an_accuracy_a_claim_is_absolute_and_more_is_better():
+    rules = Rules(
+        ACCURACY, (), claims=(Claim("cka", ACCURACY, 0.01, "a paper"), Claim("cka", ACCURACY, 0.1, "another"))
+    )
+    found = compare([*records("none", [0.8, 0.8, 0.8]), *records("cka", [0.85, 0.86, 0.85])], rules, "none")
+    assert list(found.claims) == [Outcome.REACHED, Outcome.MISSED]
 
 
 def test_only_seeds_that_both_have_are_compared_and_what_is_left_out_is_told():

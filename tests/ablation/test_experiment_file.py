@@ -9,7 +9,13 @@ from safe_lab.config import warnings
 from safe_lab.section import ConfigError
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-SHIPPED = [EXPERIMENTS / "demo.yaml", *sorted((EXPERIMENTS / "ablations").glob("*.yaml"))]
+SHIPPED = [
+    EXPERIMENTS / "demo.yaml",
+    *sorted(EXPERIMENTS.glob("ablations/*.yaml")),
+    *sorted(EXPERIMENTS.glob("paper/*.yaml")),
+]
+
+CLAIM = {"variant": "cka", "figure": "resources/flops", "difference": -0.3, "source": "a paper"}
 
 
 @pytest.fixture
@@ -58,7 +64,11 @@ def test_settings_and_overrides_are_for_all_variants(read):
 def test_an_experiment_may_be_given_another_name_and_baseline(read, tmp_path):
     experiment = read("name=again")
     assert experiment.folder.name == experiment.config_of("cka", 0).name == "again"
-    assert ablation.load(tmp_path / "experiment.yaml", baseline="cka").baseline == "cka"
+    read(claims=[CLAIM])
+    assert ablation.load(tmp_path / "experiment.yaml").rules.claims
+    # What is claimed is of differences to the file's own baseline.
+    other = ablation.load(tmp_path / "experiment.yaml", baseline="cka")
+    assert (other.baseline, other.rules.claims) == ("cka", ())
     with pytest.raises(ConfigError, match="'ckb' is no variant; did you mean cka"):
         ablation.load(tmp_path / "experiment.yaml", baseline="ckb")
     with pytest.raises(ConfigError, match="no plain folder name"):
@@ -100,6 +110,15 @@ def test_the_base_may_be_the_yaml_of_a_run(read, tiny_tree, tmp_path):
         ({"settings": {"training.epoch": 3}}, "did you mean epochs"),
         ({"variant": {}}, "variant: unknown key; did you mean variants?"),
         (
+            {"claims": [CLAIM | {"variant": "ckb"}]},
+            "claims: 'ckb' is no variant that is held against none; did you mean cka",
+        ),
+        ({"claims": [CLAIM | {"variant": "none"}]}, "claims: 'none' is no variant that is held against none"),
+        ({"claims": [CLAIM | {"figure": "resources/flop"}]}, "claims: .*did you mean resources/flops"),
+        ({"claims": [CLAIM | {"figure": "frozen_share"}]}, "claims: frozen_share is neither good nor bad by itself"),
+        ({"claims": [CLAIM | {"difference": -34.59}]}, "claims: a cost falls by a share of itself"),
+        ({"claims": [{"variant": "cka"}]}, "claims.*source"),
+        (
             {"variants": {"a": {}, "b": {"data.task": "sst2"}}},
             "they are of different tasks, which nothing compares: classification, sst2",
         ),
@@ -116,7 +135,8 @@ def test_shipped_experiments_load_and_none_of_their_variants_is_warned_of(path):
     assert {variant: warnings(experiment.config_of(variant, 0)) for variant in experiment.variants} == {
         variant: [] for variant in experiment.variants
     }
-    assert len(experiment.runs) >= (2 if path.stem == "demo" else 12)
+    assert len(experiment.runs) >= (2 if path.stem == "demo" else 10)
+    assert bool(experiment.rules.claims) == (path.parent.name == "paper")
 
 
 def test_an_experiment_that_was_written_down_reads_as_it_was(read):

@@ -13,6 +13,18 @@ def experiment(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     tree = tiny_tree_in(folder, tiny_folder)
     del tree["name"]
+    tree["sharpness"] = {
+        "when": "end",
+        "measures": ["trace", "eigenvalues", "spectrum"],
+        "samples": 16,
+        "validation_samples": 0,
+        "tolerance": 0.9,
+        "budget_products": 60,
+        "spectrum_starts": 2,
+        "spectrum_steps": 4,
+        "landscape": ["random_line", "random_plane"],
+        "landscape_points": 5,
+    }
     tree = {
         "name": "experiment",
         "base": tree,

@@ -11,6 +11,7 @@ from safe_lab import config as configuration
 from safe_lab import yaml_core
 from safe_lab.cli import main
 from safe_lab.report import read_source, to_csv, to_latex, to_markdown, write_page
+from safe_lab.report.tables import find_best
 from safe_lab.section import ConfigError
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -132,6 +133,47 @@ def test_text_of_configurations_and_data_stays_text(copy):
     assert HOSTILE not in page
     assert "<img src=x" not in page
     assert "&lt;img src=x" in page
+
+
+def test_sharpness_is_in_the_table_and_drawn_where_it_was_measured(experiment, copy):
+    source = read_source([experiment])
+    trace = source.comparison.row("cka").cells["sharpness/trace"]
+    assert len(trace.by_seed) == 2
+    assert trace.difference.is_relative == all(
+        value > 0
+        for row in ("none", "cka")
+        for value in source.comparison.row(row).cells["sharpness/trace"].by_seed.values()
+    )
+    page = write_page(source)
+    for shown in (
+        "sharpness trace",
+        "Spectrum of the Hessian",
+        "Loss along a random direction",
+        "Loss in the plane of two random",
+    ):
+        assert shown in page, shown
+    (copy / "none" / "seed-0" / "sharpness" / "landscape.json").write_text("[1")
+    for result in copy.glob("*/seed-*/result.json"):
+        tree = json.loads(result.read_text())
+        del tree["sharpness"]["spectrum"]
+        result.write_text(json.dumps(tree))
+    page = write_page(read_source([copy]))
+    assert "The loss around the solution cannot be read: " in page
+    assert "Spectrum of the Hessian" not in page
+
+
+def test_means_of_other_seeds_are_told_as_such_and_the_best_is_of_the_same(copy):
+    for variant, values in {"none": (0.5, 0.9), "cka": (0.6, 0.2), "late": (0.55,)}.items():
+        for seed, value in enumerate(values):
+            result = copy / variant / f"seed-{seed}" / "result.json"
+            tree = json.loads(result.read_text())
+            tree["metrics"]["validation/accuracy"] = value
+            result.write_text(json.dumps(tree))
+    comparison = read_source([copy]).comparison
+    assert find_best(comparison, "validation/accuracy") == "cka"
+    table = to_markdown(comparison)
+    assert "0.7 \N{PLUS-MINUS SIGN} 0.2828 (n = 2)" in table
+    assert "0.55 (n = 1)" in table
 
 
 def test_tables_hold_each_variants_figures(experiment):

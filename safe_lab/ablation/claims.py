@@ -1,0 +1,40 @@
+"""Figures that someone has claimed, such as a paper's, held against what came out."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from safe_lab.ablation.rules import Claim
+from safe_lab.figures import differs_by_factor, direction_of
+
+if TYPE_CHECKING:
+    from safe_lab.ablation.comparison import Difference
+
+
+class Outcome(StrEnum):
+    """What came of a claim."""
+
+    REACHED = "reached"
+    HELD = "the interval holds it"
+    MISSED = "missed"
+    UNKNOWN = "not enough seeds to say"
+    NO_RUNS = "no runs to compare"
+
+
+def judge(claim: Claim, found: Difference | None) -> Outcome:
+    """Whether a difference is as good as claimed: all of its interval, some of it, or nothing.
+
+    Args:
+        claim: Of a figure that is better or worse, the more there is.
+        found: The difference of the same variant and figure.
+    """
+    if found is None or found.is_relative != differs_by_factor(claim.figure):
+        return Outcome.NO_RUNS
+    if found.low is None or found.high is None:
+        return Outcome.UNKNOWN
+    sign = direction_of(claim.figure)
+    worst, best = sorted((sign * found.low, sign * found.high))
+    if worst >= sign * claim.difference:
+        return Outcome.REACHED
+    return Outcome.HELD if best >= sign * claim.difference else Outcome.MISSED
