@@ -126,10 +126,13 @@ def read_figure(result: Mapping[str, Any], name: str) -> float:
 
 
 def _of_sharpness(result: Mapping[str, Any], name: str) -> float | None:
+    measured = result.get("sharpness")
+    if measured is None:
+        return None
+    # It loads torch.
     from safe_lab.gauging import summarize_all
 
-    measured = result.get("sharpness")
-    return None if measured is None else summarize_all(measured).get(name)
+    return summarize_all(measured).get(name)
 
 
 def is_cost(name: str) -> bool:

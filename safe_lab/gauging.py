@@ -307,6 +307,10 @@ def read_spectra(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Spectrum
 
     Args:
         figures: ``sharpness`` of result.json, by the run's name; those without a spectrum are left out.
+
+    Raises:
+        KeyError: One is damaged.
+        TypeError: Likewise.
     """
     spans = {
         name: found["spectrum"]["largest"] - found["spectrum"]["smallest"]

@@ -73,11 +73,14 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         values: [n], finite.
         confidence: In (0, 1).
 
+    Raises:
+        ValueError: One is not finite: a seed without a figure is to be left out.
+
     >>> found = mean_interval([0.1, 0.2, 0.3])
     >>> found.method, round(found.low, 3), round(found.high, 3)
     ('t', -0.048, 0.448)
     """
-    x = np.asarray(values, dtype=np.float64)
+    x = _finite(values)
     if len(x) < 2:
         return None
     if _are_alike(x):
@@ -89,6 +92,13 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     mean = float(x.mean())
     return Interval(mean - half, mean + half, confidence, "t")
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    x = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{list(values)}: only finite values have a mean; leave seeds without a figure out")
+    return x
 
 
 def _bootstrap(x: np.ndarray, confidence: float) -> tuple[float, float] | None:
@@ -119,12 +129,15 @@ def p_value(
             signed ranks, and so less by a seed that is far out.
         alternative: ``greater``: as far above zero.
 
+    Raises:
+        ValueError: One is not finite: a seed without a figure is to be left out.
+
     >>> p_value([0.1, 0.2, 0.3, 0.4, 0.5])
     0.0625
     >>> p_value([0.1, 0.2, 0.3, 0.4, 0.5], alternative="greater")
     0.03125
     """
-    d = np.asarray(differences, dtype=np.float64)
+    d = _finite(differences)
     if len(d) < 2:
         return None
     if not d.any():

@@ -200,18 +200,28 @@ def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Compariso
         verdict, reason = (
             (Verdict.BASELINE, "")
             if variant == baseline
-            else judge(cells[variant].get(rules.metric), num_compared, rules, p)
+            else judge(cells[variant].get(rules.metric), num_compared, rules, (p, corrected_p))
         )
         faults = {record.seed: record.fault for record in runs if record.fault}
         rows.append(Row(variant, cells[variant], verdict, reason, p, corrected_p, _changes(base, runs), faults))
+    warnings = _find_warnings(by_variant, baseline)
+    if rules.margin is not None:
+        differences_of = {row.variant: row.cells[rules.metric].difference for row in rows if rules.metric in row.cells}
+        without = [name for name, one in differences_of.items() if one is not None and not _has_margin(one, rules)]
+        if without:
+            warnings.append(
+                f"{rules.metric} of {', '.join(without)} is not always positive: differences are no shares, as a margin is"
+            )
     outcomes = []
     for claim in rules.claims:
         cell = cells.get(claim.variant, {}).get(claim.figure)
         outcomes.append(judge_claim(claim, None if cell is None else cell.difference))
-    return Comparison(rules, baseline, rows, _find_warnings(by_variant, baseline), outcomes)
+    return Comparison(rules, baseline, rows, warnings, outcomes)
 
 
-def judge(cell: Cell | None, num_comparisons: int, rules: Rules, p_worse: float | None = None) -> tuple[Verdict, str]:
+def judge(
+    cell: Cell | None, num_comparisons: int, rules: Rules, ps_worse: tuple[float | None, float | None] = (None, None)
+) -> tuple[Verdict, str]:
     """What can be said of a variant's metric.
 
     Better or worse is what p says after correction. No worse, and worse by more than the margin, is what the interval says:
@@ -221,14 +231,15 @@ def judge(cell: Cell | None, num_comparisons: int, rules: Rules, p_worse: float 
         cell: The metric of the variant.
         num_comparisons: Variants that are held against the baseline.
         rules: Metric, margin and confidence.
-        p_worse: One-sided, that it is worse by the margin; it decides where all differences are alike, and tell no spread.
+        ps_worse: One-sided, that it is worse by the margin: by itself, which decides where all differences are alike and tell no
+            spread, and after correction.
     """
     found = None if cell is None else cell.difference
     if found is None:
         return Verdict.NO_RUNS, "no seed has finished in both"
     if len(found.by_seed) < 2 or found.low is None or found.high is None:
         return Verdict.NOT_ENOUGH_SEEDS, "one seed tells nothing of what another would do"
-    alpha, sign = 1 - rules.confidence, direction_of(rules.metric) or 1
+    alpha, sign = 1 - rules.confidence, direction_of(rules.metric)
     worst, best = sorted((sign * found.low, sign * found.high))
     said = "" if found.p_corrected is None else f"p = {found.p_corrected:.2g} after correction"
     # The side that the test has found, where the mean is on it too: one seed far out may draw the mean over to the other.
@@ -236,7 +247,7 @@ def judge(cell: Cell | None, num_comparisons: int, rules: Rules, p_worse: float 
     is_told = found.p_corrected is not None and found.p_corrected <= alpha and side * sign * found.mean > 0
     if is_told and side > 0:
         return Verdict.BETTER, said
-    if rules.margin is None:
+    if rules.margin is None or not _has_margin(found, rules):
         if is_told:
             return Verdict.WORSE, said
         attainable = min(1.0, found.smallest_p * num_comparisons)
@@ -244,14 +255,22 @@ def judge(cell: Cell | None, num_comparisons: int, rules: Rules, p_worse: float 
             seeds = f"with {len(found.by_seed)} seeds and {num_comparisons} comparisons"
             return Verdict.NOT_ENOUGH_SEEDS, f"{seeds} p cannot come below {attainable:.2g}"
         return Verdict.NO_DIFFERENCE_FOUND, said
-    has_interval = found.method != "all alike" or (p_worse is not None and p_worse <= alpha)
+    p_worse, p_worse_corrected = ps_worse
+    has_interval = found.method != "all alike" or (p_worse is not None and p_worse <= alpha / 2)
     if has_interval and worst > -rules.margin:
-        return Verdict.NO_WORSE, (
-            f"worse ({said}), but within" if is_told else _say_worst(worst) + ","
-        ) + f" the margin of {rules.margin:g}"
+        how = f"worse ({said})" if is_told else _say_worst(worst)
+        against = (
+            "" if p_worse_corrected is None else f"; against that much, p = {p_worse_corrected:.2g} after correction"
+        )
+        return Verdict.NO_WORSE, f"{how}, within the margin of {rules.margin:g}{against}"
     if is_told or (has_interval and best < -rules.margin):
         return Verdict.WORSE, said if is_told else f"the whole interval is beyond the margin of {rules.margin:g}"
     return Verdict.NOT_ENOUGH_SEEDS, _say_needed(found, worst, rules, sign)
+
+
+def _has_margin(found: Difference, rules: Rules) -> bool:
+    """Whether a margin is in the unit of a difference: that of a cost is a share, and there is none of what may be nothing."""
+    return found.is_relative == differs_by_factor(rules.metric)
 
 
 def _say_worst(worst: float) -> str:
@@ -317,13 +336,14 @@ def _differ(figure: str, ours: Mapping[int, float], theirs: Mapping[int, float],
 
 def _p_worse(ours: Cell | None, rules: Rules) -> float | None:
     """How likely a variant would come out so well by chance, were it worse by the margin."""
-    if rules.margin is None or ours is None or ours.difference is None:
+    found = None if ours is None else ours.difference
+    if rules.margin is None or found is None or not _has_margin(found, rules):
         return None
-    sign = direction_of(rules.metric) or 1
+    sign = direction_of(rules.metric)
+    scale = math.log1p if found.is_relative else float
+    limit = scale(-sign * rules.margin)
     return p_value(
-        [sign * value + rules.margin for value in ours.difference.by_seed.values()],
-        test=rules.test,
-        alternative="greater",
+        [sign * (scale(value) - limit) for value in found.by_seed.values()], test=rules.test, alternative="greater"
     )
 
 
@@ -353,7 +373,27 @@ def _find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) ->
                 warnings.append(
                     f"{variant}, seed {record.seed}: other {' and '.join(differ)} than {baseline}: nothing pairs them"
                 )
+            warnings += _find_sharpness_warnings(record, other, baseline)
     machines = {record.machine for records in by_variant.values() for record in records if not record.fault}
     if len(machines) > 1:
         warnings.append(f"seconds and bytes do not compare, as the runs were made on: {'; '.join(sorted(machines))}")
+    return warnings
+
+
+def _find_sharpness_warnings(record: Record, base: Record, baseline: str) -> list[str]:
+    """What stands against comparing the sharpness of two runs, of which the second is the baseline's."""
+    ours, theirs = (one.result.get("sharpness") or {} for one in (record, base))
+    if not ours:
+        return []
+    who = f"{record.variant}, seed {record.seed}: its sharpness"
+    warnings = []
+    estimates = {"trace": ours.get("trace"), "top_eigenvalue": {"converged": ours.get("eigenvalues_converged", True)}}
+    loose = [name for name, found in estimates.items() if isinstance(found, dict) and found.get("converged") is False]
+    if loose:
+        warnings.append(f"{who} ({', '.join(loose)}) was not within its tolerance when its budget was spent")
+    if theirs and record is not base:
+        differ = [name for name in ("fingerprint", "settings") if ours.get(name) != theirs.get(name)]
+        what = {"fingerprint": "over other examples", "settings": "by other settings"}
+        if differ:
+            warnings.append(f"{who} was measured {' and '.join(what[name] for name in differ)} than that of {baseline}")
     return warnings

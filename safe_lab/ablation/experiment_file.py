@@ -14,10 +14,10 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from safe_lab import config as configuration
-from safe_lab.ablation.rules import Claim, Rules
+from safe_lab.ablation.rules import Claim, Rules, check_rules
 from safe_lab.config import Config, Positive, Seeds, safe_folder_name
 from safe_lab.data.tasks import TASKS, metric_key
-from safe_lab.figures import check_figure, differs_by_factor, direction_of, is_cost
+from safe_lab.figures import check_figure, differs_by_factor, direction_of
 from safe_lab.run_folder import changed_keys
 from safe_lab.section import ConfigError, Section, check, override_all, override_copy, read_tree
 from safe_lab.statistics import Test
@@ -68,7 +68,7 @@ class ExperimentSection(Section):
     baseline: str | None = Field(None, description="variant that the others are held against; null: the first")
     metric: str | None = Field(
         None,
-        description="figure of result.json that says how good a run is, higher being better; null: the task's main metric",
+        description="figure of result.json that says how good a run is; null: the task's main metric",
     )
     figures: tuple[str, ...] = Field(FIGURES, description="figures of result.json that are compared beside it")
     margin: Positive | None = Field(
@@ -112,7 +112,7 @@ class Experiment:
     Attributes:
         settings: The file, its base with the overrides in it.
         variants: What each changes, by name, in the order of the file: dotted key -> value.
-        baseline: The variant that the others are held against.
+        baseline: The variant that the others are held against: the file's, or another that was chosen.
         metric: The figure that says how good a run is.
     """
 
@@ -131,8 +131,16 @@ class Experiment:
             margin=settings.margin,
             confidence=settings.confidence,
             test=settings.test,
-            claims=tuple(Claim(**claim.model_dump()) for claim in settings.claims),
+            # They are of differences to the file's own baseline.
+            claims=tuple(Claim(**claim.model_dump()) for claim in settings.claims)
+            if self.baseline == self.own_baseline
+            else (),
         )
+
+    @property
+    def own_baseline(self) -> str:
+        """The file's baseline."""
+        return self.settings.baseline or next(iter(self.variants))
 
     @property
     def name(self) -> str:
@@ -191,13 +199,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, baseline: str | Non
     faults += [f"base or settings: {fault}" for fault in configuration.find_faults(base)]
     if faults:
         raise ConfigError("\n".join(faults))
-    if baseline is not None:
-        # What is claimed is of differences to the file's own.
-        settings = settings.model_copy(update={"baseline": baseline, "claims": ()})
     # What a run of the base says of itself is not for its variants.
     for key in ("variant", "seed"):
         base.pop(key, None)
-    return _check(settings.model_copy(update={"base": base, "settings": {}}))
+    return _check(settings.model_copy(update={"base": base, "settings": {}}), baseline)
 
 
 def check_experiment(tree: Mapping[str, Any]) -> Experiment:
@@ -215,7 +220,7 @@ def check_experiment(tree: Mapping[str, Any]) -> Experiment:
     return _check(settings)
 
 
-def _check(settings: ExperimentSection) -> Experiment:
+def _check(settings: ExperimentSection, chosen: str | None = None) -> Experiment:
     assert isinstance(settings.base, dict)
     variants, faults = dict(settings.variants), []
     for name, values in _expand(settings.grid):
@@ -234,7 +239,7 @@ def _check(settings: ExperimentSection) -> Experiment:
     for (one, config), (other, another) in itertools.combinations(configs.items(), 2):
         if not changed_keys(config, another):
             faults.append(f"variants: {one} and {other} come to the same configuration")
-    baseline = settings.baseline or next(iter(variants))
+    baseline = chosen or settings.baseline or next(iter(variants))
     if baseline not in variants:
         faults.append(
             f"baseline: {baseline!r} is no variant{did_you_mean(baseline, variants)}; there are {', '.join(variants)}"
@@ -244,18 +249,17 @@ def _check(settings: ExperimentSection) -> Experiment:
         faults.append(f"variants: they are of different tasks, which nothing compares: {', '.join(sorted(tasks))}")
     task = TASKS[next(iter(configs.values())).data.task]
     metric = settings.metric or metric_key(next(iter(task.validation_splits)), task.main_metric)
-    if is_cost(metric) and settings.margin is not None and settings.margin >= 1:
-        faults.append(
-            f"margin: of a cost it is a share, such as 0.05 for five percent, and {settings.margin:g} is none"
-        )
     named = settings.figures if settings.figures != FIGURES else ()
     for figure in dict.fromkeys((metric, *named)):
         faults += _find_faults_of_figure(figure, configs)
+    own = settings.baseline or next(iter(variants))
     for claim in settings.claims:
-        faults += _find_faults_of_claim(claim, variants, baseline, configs)
+        faults += _find_faults_of_claim(claim, variants, own, configs)
     if faults:
         raise ConfigError("\n".join(faults))
-    return Experiment(settings, variants, baseline, metric)
+    experiment = Experiment(settings, variants, baseline, metric)
+    check_rules(experiment.rules)
+    return experiment
 
 
 def _expand(grid: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

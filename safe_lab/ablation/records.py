@@ -48,8 +48,11 @@ class Record:
     def machine(self) -> str:
         """What its seconds depend on: device, threads, torch."""
         known = self.environment
-        device = ", ".join(known.get("devices", ())) or known.get("processor") or "an unknown processor"
-        return f"{device}, {known.get('threads', '?')} threads, torch {known.get('packages', {}).get('torch', '?')}"
+        devices, packages = known.get("devices"), known.get("packages")
+        device = ", ".join(map(str, devices)) if isinstance(devices, list) else ""
+        torch = packages.get("torch", "?") if isinstance(packages, dict) else "?"
+        processor = device or known.get("processor") or "an unknown processor"
+        return f"{processor}, {known.get('threads', '?')} threads, torch {torch}"
 
     def figure(self, name: str) -> float | None:
         """A figure of its result; None where it has none."""
@@ -57,7 +60,8 @@ class Record:
             return None
         try:
             value = read_figure(self.result, name)
-        except ValueError:
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # It has none, or what it has is damaged.
             return None
         return value if math.isfinite(value) else None
 
@@ -170,7 +174,7 @@ def _read_result(path: Path) -> tuple[Mapping[str, Any], str]:
     if lacking:
         return {}, f"its result.json is of another version: it lacks {', '.join(lacking)}"
     trees = [*(result[key] for key in ("metrics", "resources", "fingerprints")), result.get("sharpness") or {}]
-    if not all(isinstance(tree, dict) for tree in trees):
+    if not all(isinstance(tree, dict) for tree in trees) or not isinstance(result["main_metric"], str):
         return {}, "its result.json is damaged"
     return result, ""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from safe_lab.figures import differs_by_factor, direction_of
+from safe_lab.section import ConfigError
 from safe_lab.statistics import Test
 
 
@@ -43,3 +46,21 @@ class Rules:
     confidence: float = 0.95
     test: Test = "permutation"
     claims: tuple[Claim, ...] = ()
+
+
+def check_rules(rules: Rules) -> None:
+    """Whether runs can be compared so.
+
+    Raises:
+        ConfigError: Of the metric neither more nor less is better, or the margin is none.
+    """
+    if direction_of(rules.metric) == 0:
+        raise ConfigError(f"metric: {rules.metric} is neither good nor bad by itself")
+    if rules.margin is None:
+        return
+    if not 0 < rules.margin < math.inf:
+        raise ConfigError(f"margin: it must be above 0, got {rules.margin:g}")
+    if differs_by_factor(rules.metric) and rules.margin >= 1:
+        raise ConfigError(
+            f"margin: of {rules.metric} it is a share, such as 0.05 for five percent, and {rules.margin:g} is none"
+        )

@@ -88,7 +88,7 @@ def describe_rules(comparison: Comparison) -> str:
     most = max((len(found.by_seed) for found in differences), default=0)
     num_others = len([found for found in differences if found.p is not None])
     methods = sorted({found.method for found in differences if found.method and found.method != "all alike"})
-    said = ["Differences are paired by seed."]
+    said = [f"Differences are to {comparison.baseline}, paired by seed."]
     if methods:
         said.append(
             f"Intervals ({' and '.join(methods)}) hold the true mean in {rules.confidence:.0%} of cases, each by itself."
@@ -99,11 +99,17 @@ def describe_rules(comparison: Comparison) -> str:
         if num_others > 1:
             corrected = min(1.0, smallest * num_others)
             line += f", nor below {corrected:.2g} after Holm's correction over {num_others} comparisons"
-        said.append(f"{line}.")
+        said.append(f"{line}. p and g (the size of the effect, after Hedges) are of {rules.metric}.")
     if rules.margin is not None:
         said.append(
-            f"No worse: the interval of the metric ends less than {rules.margin:g} on the worse side, by itself."
+            f"No worse: the interval of the metric ends less than {rules.margin:g} on the worse side, by itself"
         )
+        if num_others > 1:
+            chance = 1 - ((1 + rules.confidence) / 2) ** num_others
+            said[-1] += (
+                f", so that of {num_others} variants worse by just that one or more may be called so in {chance:.0%} of cases"
+            )
+        said[-1] += "."
     return " ".join(said)
 
 
@@ -152,7 +158,8 @@ def _cells(row: Row, comparison: Comparison, figures: Sequence[str]) -> list[str
     shown.append(
         "" if found is None else f"{format_difference(metric, found)}\n{format_interval(metric, found)}".strip()
     )
-    shown.append("" if found is None or found.p_corrected is None else f"{found.p_corrected:.2g}")
+    p = "" if found is None or found.p_corrected is None else f"{found.p_corrected:.2g}"
+    shown.append(p if found is None or found.effect_size is None else f"{p}\ng = {found.effect_size:.2f}")
     for figure in figures:
         cell, found = row.cells.get(figure), difference_of(row, figure)
         value = "" if cell is None else format_figure(figure, cell.mean)

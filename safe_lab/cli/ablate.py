@@ -46,13 +46,20 @@ def ablate(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the experiment", file=sys.stderr)
         return INTERRUPTED
-    page = experiment.folder / "report.html"
-    with whole_file(page) as stream:
-        stream.write(report.write_page(report.read_source([experiment.folder], baseline=chosen.baseline)).encode())
     if chosen.json:
         print(to_json(comparison.to_dict()))
     else:
         show.print_comparison(comparison, wide_console())
+    page = experiment.folder / "report.html"
+    try:
+        with whole_file(page) as stream:
+            stream.write(report.write_page(report.read_source([experiment.folder], baseline=chosen.baseline)).encode())
+    except OSError as error:
+        print(
+            f"{page}: cannot be written ({error}); `safe-lab report {experiment.folder}` makes it again",
+            file=sys.stderr,
+        )
+        return 1
     print(f"report: {page}", file=sys.stderr)
     # For scripts: nothing can be compared.
     return 1 if all(row.faults and not row.cells for row in comparison.rows) else 0

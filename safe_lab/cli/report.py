@@ -37,8 +37,6 @@ def report(arguments: Sequence[str]) -> int:
     form = chosen.format or by_ending.get(ending, "html")
     if form == "html" and chosen.output is None:
         parser.error("--output FILE: a page is not for a terminal; --format md is")
-    if chosen.margin is not None and not chosen.margin > 0:
-        parser.error(f"--margin {chosen.margin:g}: it must be above 0")
 
     from pathlib import Path
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safe_lab.ablation import Comparison
 from safe_lab.ablation.records import Record
 from safe_lab.figures import direction_of
+from safe_lab.policy import POLICIES
+from safe_lab.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's, which the colour-blind tell apart; without yellow and black, of which each is lost on one of the two themes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "hexagon")
+_DASHES = ("solid", "dash", "dot", "dashdot")
 _MEMORY = "resources/memory_mean_bytes"
 _MIB = 1024**2
 # Of a stacked chart: what is stacked, its heading, its unit and by what it is divided.
@@ -28,11 +29,37 @@ _STACKS = (
     ("resources/flops/", "", "FLOPs so far, TFLOP", 1e12),
     ("resources/seconds/", "", "Seconds so far", 1.0),
 )
-# Points of a line, scorings and lines beyond which they are thinned: a page is to stay small.
-_MOST_POINTS = 400
+# Points of a chart, points of a line, scorings and lines beyond which they are thinned: a page is to stay small.
+_MOST_IN_CHART = 6000
+_MOST_IN_LINE = 400
 _MOST_SCORINGS = 60
 _MOST_LINES = 60
+_SCORING = ("scoring", "epoch", "depth", "unit", "normalized_score", "threshold", "frozen")
 _Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a variant is drawn, in every chart of a page.
+
+    Attributes:
+        colour: Of its points and lines.
+        symbol: Of its points.
+        dash: Of its lines.
+    """
+
+    colour: str
+    symbol: str
+    dash: str
+
+
+def choose_styles(variants: Sequence[str]) -> dict[str, Style]:
+    """A style for each variant, no two alike as far as there are enough."""
+    num = len(COLOURS)
+    return {
+        variant: Style(colour_of(i), SYMBOLS[(i + i // num) % num], _DASHES[i // num % len(_DASHES)])
+        for i, variant in enumerate(variants)
+    }
 
 
 @dataclass(frozen=True)
@@ -50,7 +77,7 @@ class Chart:
     figure: go.Figure
 
 
-def draw_trade_off(comparison: Comparison) -> Chart | None:
+def draw_trade_off(comparison: Comparison, styles: Mapping[str, Style]) -> Chart | None:
     """The metric against mean memory: a point for each variant, with its seeds around it, and the Pareto front."""
     import plotly.graph_objects as go
 
@@ -60,9 +87,9 @@ def draw_trade_off(comparison: Comparison) -> Chart | None:
         return None
     figure = go.Figure()
     points = []
-    for i, row in enumerate(rows):
+    for row in rows:
         y, x = row.cells[metric], row.cells[_MEMORY]
-        style = {"color": colour_of(i), "symbol": SYMBOLS[i % len(SYMBOLS)]}
+        style = {"color": styles[row.variant].colour, "symbol": styles[row.variant].symbol}
         seeds = [seed for seed in y.by_seed if seed in x.by_seed]
         figure.add_scatter(
             x=[x.by_seed[seed] / _MIB for seed in seeds],
@@ -88,7 +115,7 @@ def draw_trade_off(comparison: Comparison) -> Chart | None:
             hovertemplate="%{text}: %{y:.4g}, %{x:.4g} MiB<extra></extra>",
         )
         points.append((x.mean / _MIB, y.mean))
-    sign = direction_of(metric) or 1
+    sign = direction_of(metric)
     front = [
         p for p in sorted(points) if not any(q != p and q[0] <= p[0] and sign * q[1] >= sign * p[1] for q in points)
     ]
@@ -101,48 +128,79 @@ def draw_trade_off(comparison: Comparison) -> Chart | None:
     return Chart(f"{metric} against memory", note if sign > 0 else note.replace("Up", "Down"), figure)
 
 
-def draw_learning_curves(records: Sequence[Record], metric: str) -> Chart | None:
-    """The metric over the epochs: the mean of each variant's seeds."""
+def draw_learning_curves(records: Sequence[Record], metric: str, styles: Mapping[str, Style]) -> Chart | None:
+    """The metric over the epochs: the mean of each variant's seeds. Rows that cannot be read are left to :func:`draw_costs`."""
     import plotly.graph_objects as go
 
     by_variant: dict[str, dict[float, list[float]]] = {}
     for record in records:
         if record.fault:
             continue
-        for row in _rows(record.path, "metrics.jsonl"):
-            if row.get(metric) is not None:
-                by_variant.setdefault(record.variant, {}).setdefault(row["epoch"], []).append(row[metric])
+        with suppress(ValueError):
+            for row in read_rows(record, "metrics.jsonl", ("epoch",)):
+                if row.get(metric) is not None:
+                    by_variant.setdefault(record.variant, {}).setdefault(row["epoch"], []).append(row[metric])
     if not by_variant:
         return None
     figure = go.Figure()
-    variants = list(dict.fromkeys(record.variant for record in records))
     for variant, values in by_variant.items():
-        i = variants.index(variant)
-        epochs = sorted(values)
+        style, epochs = styles[variant], sorted(values)
         figure.add_scatter(
             x=epochs,
-            y=[fmean(values[epoch]) for epoch in epochs],
+            y=_round(fmean(values[epoch]) for epoch in epochs),
             name=variant,
             mode="lines+markers",
-            line={"color": colour_of(i)},
-            marker={"symbol": SYMBOLS[i % len(SYMBOLS)]},
+            line={"color": style.colour, "dash": style.dash},
+            marker={"symbol": style.symbol},
         )
     figure.update_layout(xaxis_title="epoch", yaxis_title=metric)
     return Chart(f"{metric} over training", "Means over the seeds of a variant, at each evaluation.", figure)
 
 
-def draw_run(record: Record) -> Iterator[Chart]:
-    """What happened in a run: when what froze, its scores, and what it cost over time."""
-    rows = _rows(record.path, "importance.jsonl")
+def draw_freezing(record: Record) -> Iterator[Chart]:
+    """When what froze in a run, and its scores.
+
+    Raises:
+        ValueError: Its rows cannot be read.
+    """
+    rows = read_rows(record, "importance.jsonl", _SCORING)
     scored = [row for row in rows if row["normalized_score"] is not None]
     if scored or any(row["frozen"] for row in rows):
         yield _draw_timeline(rows)
     if scored:
-        yield _draw_scores(scored)
-    logged = [row for row in _rows(record.path, "metrics.jsonl") if "resources/wall_seconds" in row]
+        # The level of another policy is a share, and no score.
+        has_threshold = record.config is not None and POLICIES[record.config.freezing.policy].level == "threshold"
+        yield _draw_scores(scored, has_threshold=has_threshold)
+
+
+def draw_costs(record: Record) -> Iterator[Chart]:
+    """What a run cost over time.
+
+    Raises:
+        ValueError: Its rows cannot be read.
+    """
+    rows = read_rows(record, "metrics.jsonl", ("epoch",))
+    logged = [row for row in rows if "resources/wall_seconds" in row]
     if logged:
         for prefix, suffix, heading, scale in _STACKS:
             yield _draw_stack(logged, prefix, suffix, heading, scale)
+
+
+def read_rows(record: Record, file: str, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a JSONL file.
+
+    Raises:
+        ValueError: It cannot be read, or a row lacks something.
+    """
+    try:
+        rows = RunFolder(record.path, writes=False).rows(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    for i, row in enumerate(rows, start=1):
+        lacking = [key for key in needed if key not in row] if isinstance(row, dict) else list(needed)
+        if lacking:
+            raise ValueError(f"{file} cannot be read: row {i} has no {', '.join(lacking)}")
+    return rows
 
 
 def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
@@ -151,7 +209,7 @@ def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
     scorings = _thin(sorted({row["scoring"] for row in rows}), _MOST_SCORINGS)
     epochs = {row["scoring"]: row["epoch"] for row in rows}
     depths = sorted({row["depth"] for row in rows})
-    names = {row["depth"]: row["unit"] for row in rows}
+    names = shorten({row["depth"]: row["unit"] for row in rows})
     by_place = {(row["depth"], row["scoring"]): row for row in rows}
 
     def look(depth: int, scoring: int, key: str) -> Any:
@@ -175,27 +233,26 @@ def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
     figure = go.Figure()
     figure.add_heatmap(
         x=labels,
-        y=depths,
-        z=scores,
-        text=[[names[depth]] * len(scorings) for depth in depths],
+        y=[names[depth] for depth in depths],
+        z=[_round(values) for values in scores],
         colorscale="Cividis",
         colorbar={"title": "score" if has_scores else "frozen"},
-        hovertemplate="%{text}, scoring %{x}: %{z:.4g}<extra></extra>",
+        hovertemplate="%{y}, scoring %{x}: %{z:.4g}<extra></extra>",
         xgap=1,
         ygap=1,
     )
     figure.add_scatter(
         x=[labels[scorings.index(scoring)] for scoring, _ in froze],
-        y=[depth for _, depth in froze],
+        y=[names[depth] for _, depth in froze],
         mode="markers",
-        marker={"symbol": "asterisk-open", "size": 13, "color": "#FFFFFF", "line": {"width": 2, "color": "#FFFFFF"}},
+        # Dark and bright cells are both below it.
+        marker={"symbol": "star", "size": 14, "color": "#FFFFFF", "line": {"width": 1.5, "color": "#000000"}},
         name="freezes",
-        text=[names[depth] for _, depth in froze],
-        hovertemplate="%{text} freezes<extra></extra>",
+        hovertemplate="%{y} freezes<extra></extra>",
     )
     figure.update_layout(
         xaxis={"title": "scoring (epoch)", "type": "category"},
-        yaxis_title="unit, by depth from the input",
+        yaxis={"title": "unit, from the input up", "type": "category"},
         showlegend=False,
     )
     return Chart(
@@ -203,30 +260,30 @@ def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
     )
 
 
-def _draw_scores(rows: Sequence[Mapping[str, Any]]) -> Chart:
+def _draw_scores(rows: Sequence[Mapping[str, Any]], *, has_threshold: bool) -> Chart:
     import plotly.graph_objects as go
 
     figure = go.Figure()
     by_unit: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_unit.setdefault(row["depth"], []).append(row)
-    for depth, history in _thin(sorted(by_unit.items()), _MOST_LINES):
-        share = depth / max(len(by_unit) - 1, 1)
-        found = _thin(history, _MOST_POINTS)
+    lines = _thin(sorted(by_unit.items()), _MOST_LINES)
+    names = shorten({depth: history[0]["unit"] for depth, history in lines})
+    for depth, history in lines:
+        found = _thin(history, min(_MOST_IN_LINE, _MOST_IN_CHART // len(lines)))
         figure.add_scatter(
-            x=[row["epoch"] for row in found],
-            y=[row["normalized_score"] for row in found],
+            x=_round(row["epoch"] for row in found),
+            y=_round(row["normalized_score"] for row in found),
             mode="lines+markers",
-            name=f"{depth}",
-            line={"color": _shade(share)},
-            text=[row["unit"] for row in found],
-            hovertemplate="%{text}: %{y:.4g}<extra></extra>",
+            name=names[depth],
+            line={"color": _shade(depth / max(len(by_unit) - 1, 1))},
+            hovertemplate="%{fullData.name}: %{y:.4g}<extra></extra>",
         )
     thresholds = {row["epoch"]: row["threshold"] for row in rows if row["threshold"] is not None}
-    if thresholds:
+    if thresholds and has_threshold:
         figure.add_scatter(
-            x=list(thresholds),
-            y=list(thresholds.values()),
+            x=_round(_thin(list(thresholds), _MOST_IN_LINE)),
+            y=_round(_thin(list(thresholds.values()), _MOST_IN_LINE)),
             mode="lines",
             name="threshold",
             line={"dash": "dash", "width": 3, "color": COLOURS[1]},
@@ -238,14 +295,16 @@ def _draw_scores(rows: Sequence[Mapping[str, Any]]) -> Chart:
         yaxis={"title": "score, as compared", "type": "log" if wide else "linear"},
         legend_title="unit",
     )
-    note = "A unit whose score falls under the threshold freezes; a frozen one keeps the score it froze with."
-    return Chart("Scores and threshold", note, figure)
+    note = "A frozen unit keeps the score it froze with."
+    if not has_threshold:
+        return Chart("Scores", note, figure)
+    return Chart("Scores and threshold", f"A unit whose score falls under the threshold freezes. {note}", figure)
 
 
 def _draw_stack(rows: Sequence[Mapping[str, Any]], prefix: str, suffix: str, heading: str, scale: float) -> Chart:
     import plotly.graph_objects as go
 
-    thinned = _thin(rows, _MOST_POINTS)
+    thinned = _thin(rows, _MOST_IN_LINE)
     keys = [key for key in rows[-1] if key.startswith(prefix) and key.endswith(suffix)]
     figure = go.Figure()
     largest = {key: max(row.get(key) or 0 for row in rows) for key in keys}
@@ -257,8 +316,8 @@ def _draw_stack(rows: Sequence[Mapping[str, Any]], prefix: str, suffix: str, hea
         groups.append(("the rest", shown[len(alone) :]))
     for i, (name, members) in enumerate(groups):
         figure.add_scatter(
-            x=[row["epoch"] for row in thinned],
-            y=[sum(row.get(key) or 0 for key in members) / scale for row in thinned],
+            x=_round(row["epoch"] for row in thinned),
+            y=_round(sum(row.get(key) or 0 for key in members) / scale for row in thinned),
             stackgroup="all",
             name=name,
             line={"width": 0.5, "color": colour_of(i)},
@@ -274,16 +333,24 @@ def _thin(values: Sequence[_Value], most: int) -> Sequence[_Value]:
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
-def _rows(path: Path, file: str) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; those before a damaged one."""
-    try:
-        lines = (path / file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
-    found: list[dict[str, Any]] = []
-    with suppress(ValueError):
-        found.extend(json.loads(line) for line in lines)
-    return found
+def shorten(names: Mapping[int, str]) -> dict[int, str]:
+    """Dotted names without what all of them begin with.
+
+    >>> shorten({0: "encoder.layer.0", 1: "encoder.layer.1"})
+    {0: '0', 1: '1'}
+    """
+    parts = {key: name.split(".") for key, name in names.items()}
+    most = min((len(found) for found in parts.values()), default=1) - 1
+    first = next(iter(parts.values()), [])
+    num_shared = 0
+    while num_shared < most and all(found[num_shared] == first[num_shared] for found in parts.values()):
+        num_shared += 1
+    return {key: ".".join(found[num_shared:]) for key, found in parts.items()}
+
+
+def _round(values: Iterable[float | None]) -> list[float | None]:
+    """To what can be seen in a chart."""
+    return [None if value is None else float(f"{value:.6g}") for value in values]
 
 
 def colour_of(i: int) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from safe_lab.ablation.records import Record
-from safe_lab.report.charts import SYMBOLS, Chart, colour_of
+from safe_lab.report.charts import SYMBOLS, Chart, Style, colour_of
 
 if TYPE_CHECKING:
     from safe_lab.sharpness.landscape import Slice1D, Slice2D
@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 _LOWEST = 1e-8
 
 
-def draw_spectra(records: Sequence[Record]) -> Chart | None:
-    """The density of the Hessian's eigenvalues: of each variant its first run that has one."""
+def draw_spectra(records: Sequence[Record], styles: Mapping[str, Style]) -> Chart | None:
+    """The density of the Hessian's eigenvalues: of each variant its first run that has one.
+
+    Raises:
+        KeyError: A spectrum is damaged.
+        TypeError: Likewise.
+    """
     measured: dict[str, Record] = {}
     for record in records:
         if not record.fault and "spectrum" in (record.result.get("sharpness") or {}):
@@ -29,19 +34,18 @@ def draw_spectra(records: Sequence[Record]) -> Chart | None:
     # It loads torch, which nothing else of a report does.
     from safe_lab.gauging import read_spectra
 
-    variants = list(dict.fromkeys(record.variant for record in records))
     spectra = read_spectra({variant: record.result["sharpness"] for variant, record in measured.items()})
     highest = max(value for spectrum in spectra.values() for value in spectrum.density)
     figure = go.Figure()
     for variant, spectrum in spectra.items():
-        i = variants.index(variant)
+        style = styles[variant]
         name = f"{variant}, seed {measured[variant].seed}"
         figure.add_scatter(
             x=list(spectrum.eigenvalues),
             y=list(spectrum.density),
             name=name,
             mode="lines",
-            line={"color": colour_of(i)},
+            line={"color": style.colour, "dash": style.dash},
             hovertemplate="%{x:.4g}: %{y:.3g}",
         )
         figure.add_scatter(
@@ -49,7 +53,7 @@ def draw_spectra(records: Sequence[Record]) -> Chart | None:
             y=[3 * _LOWEST * highest] * len(spectrum.top_eigenvalues),
             name=f"{name}: largest eigenvalues",
             mode="markers",
-            marker={"color": colour_of(i), "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
+            marker={"color": style.colour, "symbol": style.symbol, "size": 9},
             showlegend=False,
             hovertemplate="%{x:.4g}",
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -14,16 +15,25 @@ from safe_lab.ablation import Comparison, Verdict
 from safe_lab.ablation.comparison import Row
 from safe_lab.ablation.records import Record
 from safe_lab.ablation.show import describe_claims, describe_rules
-from safe_lab.report.charts import Chart, draw_learning_curves, draw_run, draw_trade_off
+from safe_lab.report.charts import (
+    Chart,
+    choose_styles,
+    draw_costs,
+    draw_freezing,
+    draw_learning_curves,
+    draw_trade_off,
+    read_rows,
+)
 from safe_lab.report.curvature import draw_slices, draw_spectra
 from safe_lab.report.source import Source
-from safe_lab.report.tables import figures_of, find_best, format_cell, short_name, warnings_of
+from safe_lab.report.tables import figures_of, find_best, format_cell, format_test, short_name, warnings_of
 from safe_lab.report.words import describe
-from safe_lab.run_folder import RunFolder
 
 _GOOD = (Verdict.BETTER, Verdict.NO_WORSE)
 _BAD = (Verdict.WORSE, Verdict.NO_RUNS)
 _MOST_EVENTS = 200
+# Of all figures together: with plotly's five million the page stays under eight.
+_MOST_CHARACTERS = 2_500_000
 _ENVIRONMENT = ("time", "commit", "python", "platform", "processor", "processors", "threads", "devices", "packages")
 
 
@@ -52,12 +62,16 @@ class _Figures:
 
     def __init__(self) -> None:
         self._texts: list[str] = []
+        self._left = _MOST_CHARACTERS
 
     def place(self, chart: Chart) -> str:
         """Where a figure is drawn."""
         name = f"figure-{len(self._texts)}"
         # "</script>" in some text would end the element it stands in.
         text = str(chart.figure.to_json()).replace("<", "\\u003c")
+        self._left -= len(text)
+        if self._left < 0:
+            return f'<p class="note">{_escape(chart.title)}: left out, as the page is large; a report of its run has it.</p>'
         self._texts.append(f'<script type="application/json" id="{name}">{text}</script>')
         return (
             f'<figure><h3>{_escape(chart.title)}</h3><p class="note">{_escape(chart.note)}</p>'
@@ -84,12 +98,18 @@ def _sections(source: Source, figures: _Figures) -> Iterator[str]:
     claims = [f"<li>{_escape(line)}</li>" for line in describe_claims(comparison)]
     if claims:
         yield f"<h2>What was claimed</h2><ul>{''.join(claims)}</ul>"
-    charts = [
-        draw_trade_off(comparison),
-        draw_learning_curves(source.records, comparison.rules.metric),
-        draw_spectra(source.records),
-    ]
-    shown = "".join(figures.place(chart) for chart in charts if chart is not None)
+    styles = choose_styles([row.variant for row in comparison.rows])
+    shown = "".join(
+        _place(figures, what, draw)
+        for what, draw in (
+            ("The trade-off", lambda: [draw_trade_off(comparison, styles)]),
+            (
+                "The metric over training",
+                lambda: [draw_learning_curves(source.records, comparison.rules.metric, styles)],
+            ),
+            ("The spectrum", lambda: [draw_spectra(source.records, styles)]),
+        )
+    )
     if shown:
         yield f'<h2>At a glance</h2><div class="charts">{shown}</div>'
     yield "<h2>Run by run</h2>"
@@ -112,7 +132,11 @@ def _verdicts(comparison: Comparison) -> str:
 def _table(comparison: Comparison) -> str:
     figures = figures_of(comparison)
     names = ("variant", "verdict")
-    headings = [*(_heading(name, "text") for name in names), *(_heading(short_name(figure)) for figure in figures)]
+    headings = [
+        *(_heading(name, "text") for name in names),
+        _heading("p"),
+        *(_heading(short_name(figure)) for figure in figures),
+    ]
     rows = "".join(_table_row(row, comparison, figures) for row in comparison.rows)
     return (
         f'<div class="scroll"><table class="sortable"><thead><tr>{"".join(headings)}</tr></thead>'
@@ -129,6 +153,8 @@ def _table_row(row: Row, comparison: Comparison, figures: Sequence[str]) -> str:
         f'<td data-value="{_escape(row.variant)}">{_escape(row.variant)}</td>',
         f'<td class="text" data-value="{_escape(row.verdict)}">{_escape(row.verdict)}</td>',
     ]
+    p, effect = format_test(comparison, row)
+    cells.append(f'<td data-value="{p}">{p}<small>{_escape(effect)}</small></td>')
     for figure in figures:
         cell = row.cells.get(figure)
         value, difference = format_cell(comparison, row, figure)
@@ -141,40 +167,50 @@ def _table_row(row: Row, comparison: Comparison, figures: Sequence[str]) -> str:
 
 def _runs(records: Iterable[Record], figures: _Figures) -> Iterator[str]:
     """Of each variant its first run that has finished."""
-    shown: set[str] = set()
+    first: dict[str, Record] = {}
     for record in records:
-        if record.fault or record.variant in shown:
-            continue
-        # The first variant is open, as what is to be seen there is not plain from a heading.
-        is_open = "" if shown else " open"
-        shown.add(record.variant)
-        charts = "".join(figures.place(chart) for chart in draw_run(record))
+        if not record.fault:
+            first.setdefault(record.variant, record)
+    # One is open, as what is to be seen there is not plain from a heading: the first in which something froze.
+    froze = [variant for variant, record in first.items() if record.result["frozen_share"]]
+    opened = next(iter([*froze, *first]), None)
+    for record in first.values():
+        is_open = " open" if record.variant == opened else ""
+        charts = _place(figures, "What froze when", partial(draw_freezing, record))
+        charts += _place(figures, "What it cost", partial(draw_costs, record))
+        slices = _place(figures, "The loss around the solution", partial(draw_slices, record))
+        if slices:
+            slices = f'<h3>The loss around the solution</h3><div class="charts">{slices}</div>'
         yield (
             f"<details{is_open}><summary>{_escape(record.variant)}, seed {record.seed}</summary>"
-            f'<div class="charts">{charts}</div>{_slices(record, figures)}{_events(record)}</details>'
+            f'<div class="charts">{charts}</div>{slices}{_events(record)}</details>'
         )
 
 
-def _slices(record: Record, figures: _Figures) -> str:
+def _place(figures: _Figures, what: str, draw: Callable[[], Iterable[Chart | None]]) -> str:
+    """Charts where they are drawn; what is damaged, in whichever way, is told instead."""
     try:
-        charts = "".join(figures.place(chart) for chart in draw_slices(record))
-    except ValueError as error:
-        return f"<p>The loss around the solution cannot be read: {_escape(str(error))}</p>"
-    return f'<h3>The loss around the solution</h3><div class="charts">{charts}</div>' if charts else ""
+        return "".join(figures.place(chart) for chart in draw() if chart is not None)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"<p>{what} cannot be drawn: {_escape(_say(error))}</p>"
+
+
+def _say(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"damaged, or of another version ({error!r})"
 
 
 def _events(record: Record) -> str:
     try:
-        rows = RunFolder(record.path, writes=False).rows("events.jsonl")
-    except (OSError, ValueError) as error:
-        return f"<p>What happened cannot be read: {_escape(str(error))}</p>"
-    if not rows:
+        rows = read_rows(record, "events.jsonl", ("step", "epoch", "units", "frozen_share", "frozen_depth"))
+        items = [
+            f"<li>step {row['step']} (epoch {row['epoch']:.3g}): {_escape(', '.join(row['units']))}; "
+            f"{row['frozen_share']:.0%} of the units frozen, depth {row['frozen_depth']}</li>"
+            for row in rows[:_MOST_EVENTS]
+        ]
+    except (ValueError, TypeError) as error:
+        return f"<p>What happened cannot be told: {_escape(_say(error))}</p>"
+    if not items:
         return "<p>Nothing froze.</p>"
-    items = [
-        f"<li>step {row['step']} (epoch {row['epoch']:.3g}): {_escape(', '.join(row['units']))}; "
-        f"{row['frozen_share']:.0%} of the units frozen, depth {row['frozen_depth']}</li>"
-        for row in rows[:_MOST_EVENTS]
-    ]
     more = f"<li>and {len(rows) - _MOST_EVENTS} more</li>" if len(rows) > _MOST_EVENTS else ""
     return f"<h3>What happened</h3><ul>{''.join(items)}{more}</ul>"
 
@@ -195,7 +231,8 @@ def _changes(comparison: Comparison) -> str:
 
 
 def _origin(source: Source) -> Iterator[str]:
-    yield f"<pre>{_escape(source.command)}</pre>"
+    commands = "\n".join(source.commands)
+    yield f"<pre>{_escape(commands)}</pre>"
     environment = next((record.environment for record in source.records if record.environment), {})
     if environment:
         shown = {key: environment[key] for key in _ENVIRONMENT if key in environment}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from safe_lab import ablation, yaml_core
 from safe_lab.ablation import Comparison, Experiment, Rules
 from safe_lab.ablation.experiment_file import FIGURES, check_experiment
 from safe_lab.ablation.records import Record, find_change, find_runs, read_experiment, read_failures, read_record
+from safe_lab.ablation.rules import check_rules
+from safe_lab.figures import check_figure
 from safe_lab.section import ConfigError
 from safe_lab.suggest import did_you_mean
 
@@ -24,22 +27,31 @@ class Source:
         name: Of the experiment, or the folders.
         records: The runs, missing ones among them where an experiment says which there should be.
         comparison: Of their variants.
-        command: What makes them again.
+        commands: What makes them again, from the folder that the report was made in.
     """
 
     name: str
     records: Sequence[Record]
     comparison: Comparison
-    command: str
+    commands: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An experiment, or a run folder that is of none."""
+
+    path: Path
+    records: Sequence[Record]
+    experiment: Experiment | None = None
 
 
 def read_source(
     paths: Sequence[Path], *, baseline: str | None = None, metric: str | None = None, margin: float | None = None
 ) -> Source:
-    """Read run folders, or the folder or file of an experiment.
+    """Read run folders, or the folders or files of experiments.
 
     Args:
-        paths: Run folders, folders above them, or one experiment's folder or YAML file.
+        paths: Run folders, folders of experiments, their YAML files, or folders above them.
         baseline: Variant that the others are held against, instead of the experiment's, or of the first.
         metric: Figure that says how good a run is, instead of the experiment's or the task's own.
         margin: Of non-inferiority, instead of the experiment's.
@@ -47,65 +59,130 @@ def read_source(
     Raises:
         ConfigError: There are no runs, they are of different tasks, or there is no such variant or figure.
     """
-    experiment, folder = _find_experiment(paths)
-    if experiment is not None:
-        records: list[Record] = read_experiment(experiment, read_failures(folder or experiment.folder), folder)
-        name, command = experiment.name, f"safe-lab ablate {paths[0] if paths[0].is_file() else paths[0] / _EXPERIMENT}"
-        rules = experiment.rules
-        if baseline not in (None, experiment.baseline):
-            # What is claimed is of differences to the experiment's own.
-            rules = replace(rules, claims=())
-        baseline = baseline or experiment.baseline
-    else:
-        records = _name_apart([read_record(path) for path in find_runs(paths)])
-        name = ", ".join(dict.fromkeys(record.path.parents[1].name for record in records))
-        command = "safe-lab train " + " ".join(str(record.path / "config.yaml") for record in records[:1])
-        main = next((record.result["main_metric"] for record in records if not record.fault), None)
-        rules = Rules(main or "validation/loss", FIGURES)
+    parts = [part for path in paths for part in _read_parts(path)]
+    experiment = parts[0].experiment if len(parts) == 1 else None
+    records = list(parts[0].records) if experiment is not None else _name_apart(parts)
     _check_one_task(records)
     _check_alike(records)
     variants = list(dict.fromkeys(record.variant for record in records))
-    chosen = baseline or ("none" if "none" in variants else variants[0])
+    if experiment is not None:
+        rules, own = experiment.rules, experiment.baseline
+    else:
+        main = next((record.result["main_metric"] for record in records if not record.fault), None)
+        rules, own = Rules(main or "validation/loss", FIGURES), "none" if "none" in variants else variants[0]
+    chosen = baseline or own
     if chosen not in variants:
         raise ConfigError(f"{chosen!r} is no variant{did_you_mean(chosen, variants)}; there are {', '.join(variants)}")
+    if chosen != own:
+        # What is claimed is of differences to the experiment's own.
+        rules = replace(rules, claims=())
     if metric is not None and metric != rules.metric:
+        _check_metric(metric, records)
         # A margin is of one metric.
         rules = replace(rules, metric=metric, figures=(rules.metric, *rules.figures), margin=None)
     figures = tuple(figure for figure in rules.figures if figure != rules.metric)
-    rules = replace(rules, figures=figures, margin=margin or rules.margin)
-    there = [record for record in records if not record.fault]
-    if there and all(record.figure(rules.metric) is None for record in there):
-        raise ConfigError(f"{rules.metric!r}: no run has this figure")
-    return Source(name, records, ablation.compare(records, rules, chosen), command)
+    rules = replace(rules, figures=figures, margin=rules.margin if margin is None else margin)
+    check_rules(rules)
+    name = (
+        experiment.name
+        if experiment is not None
+        else ", ".join(dict.fromkeys(part.path.name for part in _folders(parts)))
+    )
+    again = {"--baseline": baseline, "--metric": metric, "--margin": margin}
+    options = [text for option, value in again.items() if value is not None for text in (option, str(value))]
+    report = shlex.join(["safe-lab", "report", *map(str, paths), *options, "--output", "report.html"])
+    return Source(name, records, ablation.compare(records, rules, chosen), [*map(_command, parts), report])
 
 
-def _find_experiment(paths: Sequence[Path]) -> tuple[Experiment | None, Path | None]:
-    """The experiment that paths are of, and where it lies, if that is not where it says."""
-    if len(paths) != 1:
-        return None, None
-    path = paths[0]
+def _read_parts(path: Path) -> Iterator[_Part]:
+    """The experiments at or below a path, and the runs there that are of none."""
     if path.is_file():
-        return ablation.load(path), None
-    written = path / _EXPERIMENT
-    if not written.is_file():
-        return None, None
+        experiment = ablation.load(path)
+        yield _Part(path, read_experiment(experiment, read_failures(experiment.folder)), experiment)
+        return
+    found = [path] if (path / _EXPERIMENT).is_file() else sorted(file.parent for file in path.glob(f"**/{_EXPERIMENT}"))
+    for folder in found:
+        experiment = _read_experiment_file(folder / _EXPERIMENT)
+        yield _Part(folder, read_experiment(experiment, read_failures(folder), folder.resolve()), experiment)
+    if path not in found:
+        experiments = [folder.resolve() for folder in found]
+        try:
+            runs = find_runs([path])
+        except ConfigError:
+            if not found:
+                raise
+            runs = []
+        for run in runs:
+            if not any(run.is_relative_to(folder) for folder in experiments):
+                yield _Part(run, [read_record(run)])
+
+
+def _read_experiment_file(path: Path) -> Experiment:
     try:
-        return check_experiment(yaml_core.parse(written.read_text(encoding="utf-8"))), path.resolve()
+        return check_experiment(yaml_core.parse(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{written}: it is damaged, or of another version ({error}); its runs can be reported without it"
+            f"{path}: it is damaged, or of another version ({error}); its runs can be reported without it"
         ) from None
 
 
-def _name_apart(records: Sequence[Record]) -> list[Record]:
-    """With the experiment in the name of a variant, where they are of several: a variant of each by itself."""
-    experiments = {record.path.parents[1] for record in records}
-    if len(experiments) == 1:
-        return list(records)
-    named = [replace(record, variant=f"{record.path.parents[1].name}/{record.variant}") for record in records]
-    if len({(record.variant, record.seed) for record in named}) < len(named):
-        raise ConfigError("two runs are of one experiment, variant and seed; give reports of them apart")
-    return named
+def _command(part: _Part) -> str:
+    if part.experiment is None:
+        # Elsewhere: here it has finished.
+        return shlex.join(["safe-lab", "train", str(part.path / "config.yaml"), "output_dir=again"])
+    file = part.path if part.path.is_file() else part.path / _EXPERIMENT
+    return shlex.join(["safe-lab", "ablate", str(file)])
+
+
+def _folders(parts: Sequence[_Part]) -> Iterator[_Part]:
+    """Each as what it is told by: an experiment's folder, or the one that a run's variant lies in."""
+    for part in parts:
+        yield part if part.experiment is not None else replace(part, path=part.path.parents[1])
+
+
+def _name_apart(parts: Sequence[_Part]) -> list[Record]:
+    """All runs, with the experiment in the name of a variant where they are of several: a variant of each by itself.
+
+    Raises:
+        ConfigError: Two are of one experiment, variant and seed.
+    """
+    homes = {part.path: home.path.resolve() for part, home in zip(parts, _folders(parts), strict=True)}
+    several = len(set(homes.values())) > 1
+    records: dict[tuple[str, int], Record] = {}
+    for part in parts:
+        for record in part.records:
+            variant = f"{homes[part.path].name}/{record.variant}" if several else record.variant
+            seed = record.seed
+            # Of those whose configuration cannot be read nobody knows the seed.
+            while record.config is None and (variant, seed) in records:
+                seed = min(seed, 0) - 1
+            before = records.get((variant, seed))
+            if before is not None:
+                raise ConfigError(
+                    f"{before.path} and {record.path} are both of variant {variant} and seed {seed}; report one of them"
+                )
+            records[variant, seed] = replace(record, variant=variant, seed=seed)
+    return list(records.values())
+
+
+def _check_metric(metric: str, records: Sequence[Record]) -> None:
+    """Whether some run has a figure, other than of a test split.
+
+    Raises:
+        ConfigError: None has.
+    """
+    there = [record for record in records if not record.fault]
+    has_it = any(record.figure(metric) is not None for record in there)
+    if has_it and not metric.startswith("test"):
+        return
+    config = next((record.config for record in records if record.config is not None), None)
+    try:
+        if config is not None:
+            check_figure(metric, config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if there:
+        raise ConfigError(f"{metric!r}: no run has this figure")
 
 
 def _check_alike(records: Sequence[Record]) -> None:

@@ -9,9 +9,10 @@ from statistics import fmean
 
 from safe_lab.ablation import Comparison, Verdict
 from safe_lab.ablation.comparison import Row
-from safe_lab.ablation.show import describe_claims, difference_of, format_difference, format_interval
+from safe_lab.ablation.show import describe_claims, describe_rules, difference_of, format_difference, format_interval
 from safe_lab.figures import direction_of, format_figure
 
+_MINUS = "\N{MINUS SIGN}"
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -24,7 +25,7 @@ _LATEX = str.maketrans(
         "}": r"\}",
         "^": r"\textasciicircum{}",
         "~": r"\textasciitilde{}",
-        "\N{MINUS SIGN}": "$-$",
+        _MINUS: "$-$",
         "\N{PLUS-MINUS SIGN}": r"$\pm$",
     }
 )
@@ -74,12 +75,20 @@ def format_cell(comparison: Comparison, row: Row, figure: str) -> tuple[str, str
     return value, format_difference(figure, found) + (f" ({interval})" if interval else "")
 
 
+def format_test(comparison: Comparison, row: Row) -> tuple[str, str]:
+    """Of a variant's metric: p after correction, and the size of the effect; empty where there is none."""
+    found = difference_of(row, comparison.rules.metric)
+    p = "" if found is None or found.p_corrected is None else f"{found.p_corrected:.2g}"
+    effect = "" if found is None or found.effect_size is None else f"g = {found.effect_size:.2f}"
+    return p, effect.replace("-", _MINUS)
+
+
 def to_markdown(comparison: Comparison) -> str:
     """A table for a README."""
     figures = figures_of(comparison)
     lines = [
-        ["variant", *(short_name(figure) for figure in figures), "verdict"],
-        ["---", *("---:" for _ in figures), "---"],
+        ["variant", *(short_name(figure) for figure in figures), "p", "verdict"],
+        ["---", *("---:" for _ in figures), "---:", "---"],
     ]
     for row in comparison.rows:
         cells = []
@@ -87,7 +96,7 @@ def to_markdown(comparison: Comparison) -> str:
             value, difference = format_cell(comparison, row, figure)
             shown = f"**{value}**" if value and find_best(comparison, figure) == row.variant else value
             cells.append(f"{shown}<br>{difference}" if difference else shown)
-        lines.append([row.variant, *cells, _verdict(row)])
+        lines.append([row.variant, *cells, "<br>".join(filter(None, format_test(comparison, row))), _verdict(row)])
     table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
     notes = "".join(f"- {' '.join(note.split())}\n" for note in notes_of(comparison))
     return f"{table}\n{notes}" if notes else table
@@ -109,6 +118,8 @@ def to_csv(comparison: Comparison) -> str:
         "high",
         "p",
         "p_corrected",
+        "smallest_p",
+        "effect_size",
         "verdict",
     )
     writer.writerow(heading)
@@ -116,16 +127,19 @@ def to_csv(comparison: Comparison) -> str:
         for figure, cell in row.cells.items():
             found = cell.difference
             numbers = (
-                (found.mean, found.is_relative, found.low, found.high, found.p, found.p_corrected)
+                (
+                    *(found.mean, found.is_relative, found.low, found.high),
+                    *(found.p, found.p_corrected, found.smallest_p, found.effect_size),
+                )
                 if found
-                else [None] * 6
+                else [None] * 8
             )
             verdict = row.verdict if figure == comparison.rules.metric else None
             writer.writerow([row.variant, figure, None, cell.mean, cell.spread, *numbers, verdict])
             for seed, value in cell.by_seed.items():
                 writer.writerow([row.variant, figure, seed, value, None, (found.by_seed.get(seed) if found else None)])
         for seed, fault in row.faults.items():
-            writer.writerow([row.variant, None, seed, *[None] * 8, f"not in it: {fault}"])
+            writer.writerow([row.variant, None, seed, *[None] * 10, f"not in it: {fault}"])
     return stream.getvalue()
 
 
@@ -133,9 +147,9 @@ def to_latex(comparison: Comparison) -> str:
     """A table for a paper (package booktabs): the best in bold, intervals below in small print."""
     figures = figures_of(comparison)
     lines = [
-        rf"\begin{{tabular}}{{l{'r' * len(figures)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(figures)}r}}",
         r"\toprule",
-        " & ".join(["variant", *(_escape(short_name(figure)) for figure in figures)]) + r" \\",
+        " & ".join(["variant", *(_escape(short_name(figure)) for figure in figures), "$p$"]) + r" \\",
         r"\midrule",
     ]
     for row in comparison.rows:
@@ -144,6 +158,9 @@ def to_latex(comparison: Comparison) -> str:
             value, difference = (_escape(part) for part in format_cell(comparison, row, figure))
             values.append(rf"\textbf{{{value}}}" if value and find_best(comparison, figure) == row.variant else value)
             differences.append(rf"{{\scriptsize {difference}}}" if difference else "")
+        p, effect = (_escape(part) for part in format_test(comparison, row))
+        values.append(p)
+        differences.append(rf"{{\scriptsize {effect}}}" if effect else "")
         lines.append(" & ".join([_escape(row.variant), *values]) + r" \\")
         if any(differences):
             lines.append(" & ".join(["", *differences]) + r" \\")
@@ -170,5 +187,9 @@ def warnings_of(comparison: Comparison) -> Sequence[str]:
 
 
 def notes_of(comparison: Comparison) -> Sequence[str]:
-    """What stands below a table: what was claimed, and what stands against taking it at its word."""
-    return [*describe_claims(comparison), *warnings_of(comparison)]
+    """What stands below a table: how it is to be read, what was claimed, and what stands against taking it at its word."""
+    return [
+        describe_rules(comparison),
+        *describe_claims(comparison),
+        *warnings_of(comparison),
+    ]

@@ -152,8 +152,47 @@ def test_a_variant_that_is_far_worse_is_worse_however_few_the_seeds():
 def test_differences_that_are_all_alike_tell_no_spread():
     assert judge([0.0, 0.0], margin=0.01).verdict == Verdict.NOT_ENOUGH_SEEDS
     assert judge([-1 / 128] * 3, margin=0.01).verdict == Verdict.NOT_ENOUGH_SEEDS
-    # Five of them do, by p.
-    assert judge([0.0] * 5, margin=0.01).verdict == Verdict.NO_WORSE
+    # Six of them do, by a p of 1/64 where an interval would leave 1/40 on either side; five have 1/32.
+    assert judge([0.0] * 5, margin=0.01).verdict == Verdict.NOT_ENOUGH_SEEDS
+    assert judge([0.0] * 6, margin=0.01).verdict == Verdict.NO_WORSE
+
+
+def test_no_worse_says_by_how_much_and_against_what():
+    reason = judge([0.001, 0.002, 0.0, 0.001, 0.0], margin=0.01).reason
+    assert reason.startswith("at worst ") or reason.startswith("nowhere in its interval worse")
+    assert ", within the margin of 0.01; against that much, p = 0.031 after correction" in reason
+
+
+def test_a_margin_of_a_cost_is_a_share_for_interval_and_p_alike():
+    base = [record("none", seed, 0.8, 1e12 * (seed + 1)) for seed in range(8)]
+    # A tenth more, and a little noise.
+    ours = [record("cka", seed, 0.8, 1e12 * (seed + 1) * (1.1 + 0.001 * (-1) ** seed)) for seed in range(8)]
+    rows = {
+        margin: compare([*base, *ours], Rules(FLOPS, (), margin=margin), "none").row("cka") for margin in (0.09, 0.11)
+    }
+    assert [row.verdict for row in rows.values()] == [Verdict.WORSE, Verdict.NO_WORSE]
+    assert rows[0.11].p_worse == pytest.approx(1 / 2**8) and rows[0.09].p_worse == 1.0
+
+
+def test_no_margin_is_asked_of_differences_that_are_no_shares():
+    base, ours = (
+        [record(name, seed, 0.8, flops) for seed in range(8)] for name, flops in (("none", 0.0), ("cka", 1e12))
+    )
+    found = compare([*base, *ours], Rules(FLOPS, (), margin=0.05), "none")
+    assert found.row("cka").verdict == Verdict.WORSE
+    assert found.row("cka").p_worse is None
+    assert "differences are no shares" in found.warnings[0]
+
+
+def test_sharpness_that_does_not_compare_is_told():
+    runs = [record(name, 0, 0.8) for name in ("none", "cka")]
+    for run, fingerprint, converged in zip(runs, "ab", (True, False), strict=True):
+        trace = {"value": 1.0, "standard_error": 0.1, "converged": converged}
+        run.result["sharpness"] = {"fingerprint": fingerprint, "settings": {"samples": 4}, "trace": trace}
+    assert compare(runs, RULES, "none").warnings == [
+        "cka, seed 0: its sharpness (trace) was not within its tolerance when its budget was spent",
+        "cka, seed 0: its sharpness was measured over other examples than that of none",
+    ]
 
 
 def test_ranks_and_mean_must_be_on_one_side():

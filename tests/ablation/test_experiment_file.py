@@ -69,6 +69,10 @@ def test_an_experiment_may_be_given_another_name_and_baseline(read, tmp_path):
     # What is claimed is of differences to the file's own baseline.
     other = ablation.load(tmp_path / "experiment.yaml", baseline="cka")
     assert (other.baseline, other.rules.claims) == ("cka", ())
+    assert ablation.load(tmp_path / "experiment.yaml", baseline="none").rules.claims
+    # The file's own rules stay what is written down.
+    again = ablation.check_experiment(other.to_dict())
+    assert again.baseline == "none" and again.rules.claims
     with pytest.raises(ConfigError, match="'ckb' is no variant; did you mean cka"):
         ablation.load(tmp_path / "experiment.yaml", baseline="ckb")
     with pytest.raises(ConfigError, match="no plain folder name"):
@@ -96,7 +100,8 @@ def test_the_base_may_be_the_yaml_of_a_run(read, tiny_tree, tmp_path):
         ({"grid": {"freezing.metric": ["none"]}}, "would be called 'none', as another is"),
         ({"grid": {"data.text_column": ["a/b", "ab"]}}, "would be called 'ab', as another is"),
         ({"grid": {"data.text_column": ["/"]}}, "would be called ''"),
-        ({"metric": "resources/flops", "margin": 5}, "of a cost it is a share"),
+        ({"metric": "resources/flops", "margin": 5}, "margin: of resources/flops it is a share"),
+        ({"metric": "frozen_share"}, "frozen_share is neither good nor bad by itself"),
         ({"grid": {"freezing.curve": []}}, "grid"),
         ({"baseline": "nome"}, "baseline: 'nome' is no variant; did you mean none?"),
         ({"metric": "validation/acuracy"}, "did you mean validation/accuracy"),

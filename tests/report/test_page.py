@@ -105,3 +105,6 @@ def test_it_prints_all_of_it_on_white(show):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert count(page, "details:not([open])") == 0
+    page.set_viewport_size({"width": 794, "height": 1123})
+    tables = "[...document.querySelectorAll('.scroll')]"
+    assert page.evaluate(f"{tables}.every(part => part.scrollWidth <= part.clientWidth)")

@@ -11,6 +11,7 @@ from safe_lab import config as configuration
 from safe_lab import yaml_core
 from safe_lab.cli import main
 from safe_lab.report import read_source, to_csv, to_latex, to_markdown, write_page
+from safe_lab.report.charts import choose_styles
 from safe_lab.report.tables import find_best
 from safe_lab.section import ConfigError
 
@@ -53,9 +54,13 @@ def test_runs_are_reported_by_their_folders_wherever_they_lie(experiment, copy):
     assert len(read_source([copy / "cka"]).records) == 2
     source = read_source([copy / "cka" / "seed-0"])
     assert source.comparison.baseline == "cka"
-    assert "safe-lab train" in source.command
-    with pytest.raises(ConfigError, match="two runs are of one experiment, variant and seed"):
-        read_source([copy, experiment / "cka" / "seed-0"])
+    assert source.commands[0].startswith("safe-lab train ")
+    with pytest.raises(ConfigError, match="are both of variant cka and seed 0; report one of them"):
+        read_source([copy / "cka", copy / "cka" / "seed-0"])
+    shutil.copytree(copy / "cka" / "seed-0", copy / "cka" / "seed-0-kept")
+    with pytest.raises(ConfigError, match="are both of variant cka and seed 0"):
+        read_source([copy])
+    shutil.rmtree(copy / "cka" / "seed-0-kept")
     # Runs of one name from two experiments may differ in all that is not their name.
     both = read_source([copy.rename(copy.with_name("other")), experiment / "cka" / "seed-0"])
     assert {record.variant for record in both.records} == {"experiment/cka", "other/cka", "other/late", "other/none"}
@@ -87,8 +92,17 @@ def test_baseline_metric_and_margin_may_be_chosen(experiment):
     assert (rules.margin, rules.figures[0]) == (None, "validation/accuracy")
     with pytest.raises(ConfigError, match="'cca' is no variant; did you mean cka"):
         read_source([experiment], baseline="cca")
-    with pytest.raises(ConfigError, match="no run has this figure"):
-        read_source([experiment], metric="validation/f2")
+    for metric, said in (
+        ("validation/acuracy", "did you mean validation/accuracy"),
+        ("frozen_share", "neither good nor bad"),
+        ("test/accuracy", "is of a test split"),
+        ("unfrozen_forecast/flops", "neither good nor bad"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_source([experiment], metric=metric)
+    for margin in (float("inf"), float("nan"), 0.0):
+        with pytest.raises(ConfigError, match="margin: it must be above 0"):
+            read_source([experiment], margin=margin)
 
 
 def test_what_cannot_be_compared_is_told(copy, tmp_path):
@@ -116,6 +130,67 @@ def test_damaged_runs_are_in_the_report_as_such(copy):
     assert "this version cannot read its config.yaml" in faults["cka"][0]
     page = write_page(source)
     assert page.count("is not in it") >= 3
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        (
+            "events.jsonl",
+            '{"epoch": 1}',
+            "What happened cannot be told: events.jsonl cannot be read: row 1 has no step",
+        ),
+        ("events.jsonl", "null", "What happened cannot be told: "),
+        ("metrics.jsonl", "1", "What it cost cannot be drawn: metrics.jsonl cannot be read: row 1 has no epoch"),
+        ("metrics.jsonl", '{"epoch": 1', "What it cost cannot be drawn: "),
+        ("importance.jsonl", '{"epoch": 1, "scoring": 1}', "What froze when cannot be drawn: "),
+        ("environment.json", '{"devices": null, "packages": null}', "an unknown processor"),
+        ("result.json", None, "The spectrum cannot be drawn: "),
+    ],
+)
+def test_what_is_damaged_in_a_run_is_told_and_the_rest_is_reported(copy, file, text, said):
+    path = copy / "cka" / "seed-0" / file
+    if text is None:
+        tree = json.loads(path.read_text())
+        tree["sharpness"]["spectrum"] = {}
+        text = json.dumps(tree)
+    path.write_text(text)
+    page = write_page(read_source([copy]))
+    assert said.replace("'", "&#x27;") in page
+    assert "late, seed 0" in page
+
+
+def test_missing_runs_are_named_whichever_way_an_experiment_is_reached(experiment, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(experiment, tmp_path / "runs" / name)
+    one = read_source([tmp_path / "runs" / "one" / ".." / "one"])
+    assert one.comparison.row("late").faults == {1: "it is missing"}
+    both = read_source([tmp_path / "runs"])
+    assert both.comparison.row("one/late").faults == both.comparison.row("two/late").faults == {1: "it is missing"}
+    shutil.rmtree(tmp_path / "runs" / "two")
+    # One experiment is reported by its own rules, from above too.
+    assert read_source([tmp_path / "runs"]).comparison.rules.margin == 0.5
+
+
+def test_a_page_of_huge_runs_stays_small(copy):
+    for variant in ("none", "cka", "late"):
+        folder = copy / variant / "seed-0"
+        row = json.loads((folder / "importance.jsonl").read_text().splitlines()[0])
+        with (folder / "importance.jsonl").open("w") as stream:
+            for scoring in range(300):
+                for depth in range(144):
+                    unit = f"base_model.model.bert.encoder.layer.{depth}.attention.self.query"
+                    place = {"scoring": scoring, "epoch": scoring / 7, "step": scoring, "depth": depth, "unit": unit}
+                    stream.write(json.dumps(row | place | {"normalized_score": (scoring + 1) / (depth + 3)}) + "\n")
+    page = write_page(read_source([copy]))
+    assert len(page.encode()) < 8e6
+    assert "left out" not in page
+
+
+def test_no_two_of_many_variants_look_alike():
+    styles = choose_styles([f"variant {i}" for i in range(28)])
+    assert len({(style.colour, style.symbol) for style in styles.values()}) == 28
+    assert len({(style.colour, style.dash) for style in styles.values()}) == 28
 
 
 def test_text_of_configurations_and_data_stays_text(copy):
@@ -158,7 +233,7 @@ def test_sharpness_is_in_the_table_and_drawn_where_it_was_measured(experiment, c
         del tree["sharpness"]["spectrum"]
         result.write_text(json.dumps(tree))
     page = write_page(read_source([copy]))
-    assert "The loss around the solution cannot be read: " in page
+    assert "The loss around the solution cannot be drawn: " in page
     assert "Spectrum of the Hessian" not in page
 
 
