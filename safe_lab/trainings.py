@@ -131,7 +131,8 @@ def check_data(config: Config) -> None:
     data = config.data
     columns = (data.text_column, data.text_pair_column, data.label_column)
     try:
-        read_splits(data.task, data.path, columns, data.labels, data.validation_share, config.seed)
+        # Of which rows are held out nothing here depends.
+        read_splits(data.task, data.path, columns, data.labels, None, config.seed)
     except (ValueError, OSError) as error:
         raise ConfigError(f"data: {error}") from None
 

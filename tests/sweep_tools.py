@@ -1,4 +1,4 @@
-"""What tests of whole studies are made of: the command in a process of its own, and a real PostgreSQL."""
+"""What tests of whole studies are made of: the command, fresh or forked, and a real PostgreSQL."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+from forks import command
 from parallel import free_port
 
 from safe_lab import yaml_core
@@ -38,17 +39,16 @@ class Sweep:
         self.path.write_text(yaml_core.write(self.tree))
 
     def start(self, *arguments):
-        """The command, running."""
-        command = [sys.executable, "-m", "safe_lab", "sweep", str(self.path), *map(str, arguments)]
+        """The command, running in a fresh process."""
+        words = [sys.executable, "-m", "safe_lab", "sweep", str(self.path), *map(str, arguments)]
         with self.log.open("a") as log:
             return subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"NO_COLOR": "1"}
+                words, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"NO_COLOR": "1"}
             )
 
     def run(self, *arguments):
-        """What the command prints with --json, when it has ended well."""
-        with self.start("--json", *arguments) as process:
-            return self.finish(process)
+        """What the command prints with --json, when it has ended well; all its processes are forks of this one."""
+        return json.loads(self._fork("--json", *arguments, code=0))
 
     def finish(self, process):
         """What a command that runs prints, when it has ended well."""
@@ -58,10 +58,16 @@ class Sweep:
 
     def refuse(self, *arguments):
         """What the command says when it refuses."""
-        with self.start(*arguments) as process:
-            process.communicate(timeout=60)
-        assert process.returncode == 2, self.log.read_text()
+        self._fork(*arguments, code=2)
         return self.log.read_text()
+
+    def _fork(self, *arguments, code):
+        printed = self.path.with_suffix(".printed")
+        printed.write_text("")
+        with command(["sweep", self.path, *arguments], printed, self.log, {"NO_COLOR": "1"}) as fork:
+            fork.wait(timeout=300)
+        assert fork.returncode == code, self.log.read_text()
+        return printed.read_text()
 
     def rows(self, trial, file="metrics.jsonl", seed=0):
         """Rows of a run's file."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import command
 
 from safe_lab import yaml_core
 from safe_lab.child import FAULT_OF_MACHINE
@@ -28,7 +29,23 @@ def path(tiny_tree, tmp_path):
     return file
 
 
-def run_cli(*arguments, **environment):
+@pytest.fixture
+def run_cli(tmp_path):
+    """Run a command in a fork of this process."""
+
+    def run(*arguments):
+        printed, said = tmp_path / "printed", tmp_path / "said"
+        for file in (printed, said):
+            file.write_text("")
+        with command(arguments, printed, said) as fork:
+            fork.wait(timeout=120)
+        return subprocess.CompletedProcess(arguments, fork.returncode, printed.read_text(), said.read_text())
+
+    return run
+
+
+def run_fresh(*arguments, **environment):
+    """Run a command in a fresh process."""
     return subprocess.run(
         [sys.executable, "-m", "safe_lab", *map(str, arguments)],
         capture_output=True,
@@ -105,8 +122,8 @@ def test_a_wrong_command_line_exits_2_with_usage(arguments, capsys):
     assert "usage" in capsys.readouterr().err
 
 
-def test_a_run_from_the_command_line_shows_what_happened_and_can_be_repeated_only_on_purpose(path, tiny_tree):
-    done = run_cli("train", path)
+def test_a_run_from_the_command_line_shows_what_happened_and_can_be_repeated_only_on_purpose(path, run_cli):
+    done = run_fresh("train", path)
     assert done.returncode == 0, done.stderr
     for part in (
         "train 43, validation 5 examples",
@@ -125,17 +142,17 @@ def test_a_run_from_the_command_line_shows_what_happened_and_can_be_repeated_onl
     assert run_cli("train", path, "--resume").returncode == 0
     other = run_cli("train", path, "freezing.metric=fisher")
     assert (other.returncode, "freezing.metric: cka there, fisher here" in other.stderr) == (2, True)
-    assert run_cli("train", path, "--overwrite", "--quiet", "training.max_steps=1").stderr.count("\n") <= 1
+    assert run_fresh("train", path, "--overwrite", "--quiet", "training.max_steps=1").stderr.count("\n") <= 1
 
 
-def test_bad_data_exits_2_with_one_line_and_no_traceback(path):
+def test_bad_data_exits_2_with_one_line_and_no_traceback(path, run_cli):
     done = run_cli("train", path, "data.label_column=lable")
     assert done.returncode == 2
     assert "did you mean label" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_nan_loss_exits_1_and_says_so(path):
+def test_a_nan_loss_exits_1_and_says_so(path, run_cli):
     done = run_cli(
         "train", path, "training.learning_rate=1e30", "training.max_grad_norm=null", "training.warmup_ratio=0"
     )
@@ -164,7 +181,7 @@ def test_a_full_disk_exits_75_and_the_run_can_be_resumed(path, monkeypatch, caps
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 19))
 
 
-def test_environment_names_the_command(path, tiny_tree):
+def test_environment_names_the_command(path, run_cli):
     run_cli("train", path, "training.max_steps=1")
     environment = json.loads((next((path.parent / "runs").rglob("environment.json"))).read_text())
     assert environment["command"][1:] == ["train", str(path), "training.max_steps=1"]
@@ -188,7 +205,7 @@ def test_a_plan_as_json_is_json_and_nothing_else(path, capsys):
 
 
 def test_a_plan_is_a_line_for_each_depth(path):
-    done = run_cli("plan", path)
+    done = run_fresh("plan", path)
     assert (done.returncode, done.stderr) == (0, "")
     for part in (
         "3 layers",
@@ -221,7 +238,7 @@ def test_a_plan_of_code_that_reads_values_is_measured_with_random_weights(path, 
     }
     (tmp_path / "config.json").write_text(json.dumps(architecture))
     own_code = {"HF_HOME": str(tmp_path / "home")}
-    done = run_cli("plan", path, f"model.path={tmp_path}", "model.trust_remote_code=true", "--json", **own_code)
+    done = run_fresh("plan", path, f"model.path={tmp_path}", "model.trust_remote_code=true", "--json", **own_code)
     assert done.returncode == 0, done.stderr
     assert any("Real steps were measured" in note for note in json.loads(done.stdout)["notes"])
     assert "Traceback" not in done.stderr

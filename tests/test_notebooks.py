@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import command
 from tiny import write_csv
 
 ROOT = Path(__file__).parents[1]
@@ -16,9 +17,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def safe_lab(folder, *arguments):
     """Run the command in a folder."""
-    command = [sys.executable, "-m", "safe_lab", *map(str, arguments)]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
+    log = folder / "log"
+    with command(arguments, log, log, folder=folder) as fork:
+        fork.wait(timeout=300)
+    assert fork.returncode == 0, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,8 @@ def workplace(tiny_folder, tmp_path_factory):
 
 
 def test_they_run_from_top_to_bottom(workplace):
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=200", "-q", "-p", "no:cacheprovider"]
-    ended = subprocess.run([*command, "notebooks"], cwd=workplace, capture_output=True, text=True, timeout=500)
+    words = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=200", "-q", "-p", "no:cacheprovider"]
+    ended = subprocess.run([*words, "notebooks"], cwd=workplace, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stdout
     assert f"{len(NOTEBOOKS)} passed" in ended.stdout
 

@@ -14,9 +14,9 @@ from safe_lab.nursery import Nursery
 FOREVER = {"epochs": 100_000, "save_every": "never", "eval_every": "never"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nursery():
-    """One that ends with the test."""
+    """One for all: where it was killed, the next order starts another."""
     found = Nursery()
     yield found
     found.close()

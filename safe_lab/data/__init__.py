@@ -124,7 +124,7 @@ def read_splits(
     path: str | None,
     columns: tuple[str | None, str | None, str | None],
     labels: Sequence[str] | None,
-    validation_share: float,
+    validation_share: float | None,
     seed: int,
 ) -> tuple[Task, dict[str, datasets.Dataset], tuple[str, ...] | None]:
     """The task with its columns, the rows of each split but test, and the labels' names (None for numbers).
@@ -134,7 +134,7 @@ def read_splits(
         path: Of the data.
         columns: Of text, second text and label.
         labels: Names.
-        validation_share: Held out.
+        validation_share: Held out where there is no validation split; None: nothing is, and there is none then.
         seed: Of what is drawn.
 
     Raises:

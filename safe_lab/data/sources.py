@@ -38,7 +38,7 @@ _VALIDATION_NAMES = ("validation", "dev", "valid", "val")
 
 
 def load_splits(
-    path: str | None, task: Task, *, label_column: str, validation_share: float, seed: int
+    path: str | None, task: Task, *, label_column: str, validation_share: float | None, seed: int
 ) -> dict[str, datasets.Dataset]:
     """Read the splits of a task.
 
@@ -48,7 +48,7 @@ def load_splits(
             own source.
         task: Names its hub id and its validation splits.
         label_column: Held-out examples are drawn evenly from its values (classification).
-        validation_share: Share of train that is held out where there is no validation split.
+        validation_share: Share of train that is held out where there is no validation split; None: nothing is.
         seed: Of that draw.
 
     Returns:
@@ -72,6 +72,10 @@ def load_splits(
         if not len(dataset):
             raise ValueError(f"data.path={path}: split {split} is empty")
     if set(splits) <= {TRAIN, TEST}:
+        if len(splits[TRAIN]) < 2:
+            raise ValueError("split train has 1 row, of which none can be held out for validation")
+        if validation_share is None:
+            return splits
         train, held_out = _hold_out(splits[TRAIN], task, label_column, validation_share, seed)
         splits = {TRAIN: train, "validation": held_out} | {k: v for k, v in splits.items() if k == TEST}
     return splits
@@ -238,8 +242,6 @@ def _hold_out(
     """Hold out a share of train, evenly by label where every label has two examples and the share holds one of each."""
     from sklearn.model_selection import train_test_split
 
-    if len(train) < 2:
-        raise ValueError(f"split train has {len(train)} row, of which none can be held out for validation")
     num_held_out = min(max(round(share * len(train)), 1), len(train) - 1)
     strata = None
     if task.kind == "classification" and label_column in train.column_names:

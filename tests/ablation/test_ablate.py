@@ -9,11 +9,14 @@ import subprocess
 import sys
 
 import pytest
+from forks import command
 from sweep_tools import trainings_of, wait_for
 from test_tracking import records
 from tiny import save_tiny_model
 
 from safe_lab import yaml_core
+
+QUIET = {"NO_COLOR": "1", "COLUMNS": "200"}
 
 
 class Ablation:
@@ -30,21 +33,33 @@ class Ablation:
         }
 
     def start(self, *arguments, **changes):
-        """The command, running."""
+        """The command, running in a fresh process."""
         self.tree |= changes
         self.path.write_text(yaml_core.write(self.tree))
-        command = [sys.executable, "-m", "safe_lab", "ablate", str(self.path), *arguments]
+        words = [sys.executable, "-m", "safe_lab", "ablate", str(self.path), *arguments]
         pipe = subprocess.PIPE
-        environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "200"}
+        environment = os.environ | QUIET
         # Of a shell's background jobs SIGINT is ignored, and so it would be here.
         heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=heed)
+        return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=heed)
 
     def run(self, *arguments, code=0, **changes):
-        """What the command prints, and what it says beside it."""
+        """What the command prints, and what it says beside it; all its processes are forks of this one."""
+        self.tree |= changes
+        self.path.write_text(yaml_core.write(self.tree))
+        printed, said = (self.path.with_suffix(f".{name}") for name in ("printed", "said"))
+        for path in (printed, said):
+            path.write_text("")
+        with command(["ablate", self.path, *arguments], printed, said, QUIET) as fork:
+            fork.wait(timeout=300)
+        assert fork.returncode == code, said.read_text()
+        return printed.read_text(), said.read_text()
+
+    def run_fresh(self, *arguments, **changes):
+        """The same in a fresh process."""
         with self.start(*arguments, **changes) as process:
             printed, said = process.communicate(timeout=300)
-        assert process.returncode == code, said
+        assert process.returncode == 0, said
         return printed, said
 
     def ended_at(self):
@@ -106,7 +121,7 @@ def test_variants_of_a_seed_begin_with_the_same_head_and_see_the_same_rows(ablat
 
 def test_wandb_has_the_comparison_as_a_table_in_the_group_of_its_runs(ablation):
     ablation.tree["base"]["tracking"] = {"wandb": "offline"}
-    ablation.run(seeds=1)
+    ablation.run_fresh(seeds=1)
     told = json.dumps(records(ablation.folder))
     for shown in ("comparison.table.json", "ablation", (ablation.folder / "experiment_id").read_text().strip()):
         assert shown in told, shown
@@ -144,7 +159,12 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(ablation):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_experiment_that_is_interrupted_goes_on_from_its_checkpoints(ablation, number):
-    ablation.tree["base"]["training"] |= {"epochs": 60, "save_every": 5, "keep_checkpoints": 1, "eval_every": 20}
+    ablation.tree["base"]["training"] |= {"save_every": 5, "keep_checkpoints": 1, "eval_every": 20}
+    # One is long enough to be interrupted.
+    ablation.tree["variants"] = {
+        "none": {"freezing.policy": "none", "training.epochs": 40},
+        "cka": {"training.epochs": 1},
+    }
     ablation.tree["keep_checkpoints"] = True
     with ablation.start(seeds=1) as process:
         wait_for(lambda: list(ablation.folder.glob("none/seed-0/checkpoints/step-*")))
@@ -161,7 +181,7 @@ def test_an_experiment_that_is_interrupted_goes_on_from_its_checkpoints(ablation
 
 
 def test_two_trainings_go_on_at_a_time_and_two_commands_do_not(ablation):
-    ablation.tree["base"]["training"]["epochs"] = 30
+    ablation.tree["base"]["training"]["epochs"] = 12
     with ablation.start("--workers", "2", seeds=2) as process:
         wait_for(lambda: len(trainings_of(process)) == 2)
         _, said = ablation.run(code=2)

@@ -15,12 +15,13 @@ from safe_lab.run import run
 from safe_lab.sweep.roster import root_of
 from safe_lab.sweep.storage import open_storage
 
-LONG = {"epochs": 60, "save_every": 5, "keep_checkpoints": 1, "eval_every": 20}
+LONG = {"epochs": 30, "save_every": 5, "keep_checkpoints": 1, "eval_every": 20}
 
 
 def test_a_study_gives_its_best_trial_and_a_folder_for_each(sweep):
     sweep.write(enqueue=[{"training.learning_rate": 0.05}])
-    found = sweep.run()
+    with sweep.start("--json") as process:
+        found = sweep.finish(process)
     assert (found["complete"], found["pruned"], found["failed"], found["open"]) == (3, 0, 0, 0)
     (best,) = found["front"]
     results = [json.loads((sweep.folder / f"trial-{i:04d}/seed-0/result.json").read_text()) for i in range(3)]
@@ -289,7 +290,8 @@ def test_two_workers_share_a_study_behind_optunas_proxy(sweep, tmp_path):
     try:
         # The command waits for a storage that does not answer yet.
         sweep.write(num_trials=3)
-        found = sweep.run("--storage", f"grpc://127.0.0.1:{port}", "--workers", 2)
+        with sweep.start("--json", "--storage", f"grpc://127.0.0.1:{port}", "--workers", 2) as process:
+            found = sweep.finish(process)
     finally:
         server.kill()
         server.wait()
