@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState
 
 
@@ -59,6 +61,9 @@ class Fork:
 def command(arguments, stdout, stderr, environment=(), folder="."):
     """A command of ``safe-lab``, begun in a folder, whose workers and trainings are forks too."""
     words = [str(argument) for argument in arguments]
+    if torch.cuda.is_available():
+        # CUDA does not outlive a fork.
+        return _start_fresh(words, stdout, stderr, environment, folder)
 
     def call():
         from safe_lab.ablation import running
@@ -72,6 +77,17 @@ def command(arguments, stdout, stderr, environment=(), folder="."):
         return main(words)
 
     return Fork(call, stdout, stderr, environment)
+
+
+def _start_fresh(words, stdout, stderr, environment, folder):
+    with Path(stdout).open("a") as printed, Path(stderr).open("a") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", "safe_lab", *words],
+            stdout=printed,
+            stderr=said,
+            env=os.environ | dict(environment),
+            cwd=folder,
+        )
 
 
 @contextmanager
@@ -120,6 +136,7 @@ def _become(call, stdin, stdout, stderr, environment):
     except BaseException:  # noqa: BLE001 - as a process that was started has its last words
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)

@@ -161,13 +161,13 @@ def test_after_correction_one_experiment_in_twenty_finds_something_where_there_i
     assert false_positives / 1000 <= 0.05
 
 
-@pytest.mark.slow
 def test_what_is_not_finite_is_refused():
     for function in (mean_interval, p_value):
         with pytest.raises(ValueError, match="only finite values have a mean"):
             function([0.1, float("nan"), 0.2])
 
 
+@pytest.mark.slow
 def test_a_true_effect_of_two_deviations_is_found():
     rng = np.random.default_rng(5)
     assert np.mean([p_value(rng.normal(2.0, 1.0, 10)) <= 0.05 for _ in range(300)]) > 0.95

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from safe_lab.ablation.rules import Claim
-from safe_lab.figures import differs_by_factor, direction_of
+from safe_lab.figures import differs_by_factor, direction_of, is_cost
 
 if TYPE_CHECKING:
     from safe_lab.ablation.comparison import Difference
@@ -19,6 +19,7 @@ class Outcome(StrEnum):
     HELD = "the interval holds it"
     MISSED = "missed"
     UNKNOWN = "not enough seeds to say"
+    NO_SHARES = "not always positive, and so no shares to compare"
     NO_RUNS = "no runs to compare"
 
 
@@ -29,9 +30,12 @@ def judge(claim: Claim, found: Difference | None) -> Outcome:
         claim: Of a figure that is better or worse, the more there is.
         found: The difference of the same variant and figure.
     """
-    if found is None or found.is_relative != differs_by_factor(claim.figure):
+    if found is None:
         return Outcome.NO_RUNS
-    if found.low is None or found.high is None:
+    if found.is_relative != differs_by_factor(claim.figure):
+        return Outcome.NO_SHARES
+    # Costs may be alike to the last digit; of a metric that tells no spread.
+    if found.low is None or found.high is None or (found.method == "all alike" and not is_cost(claim.figure)):
         return Outcome.UNKNOWN
     sign = direction_of(claim.figure)
     worst, best = sorted((sign * found.low, sign * found.high))

@@ -53,6 +53,7 @@ class Difference:
 
     Attributes:
         by_seed: The difference of each seed that both have.
+        terms: The same by seed, as mean, interval and tests take them: of shares the logarithms of the ratios.
         is_relative: Whether it is a share of the baseline's figure: -0.25 is a quarter less.
         mean: Mean difference over the seeds.
         low: Lower end of its interval; None with a single seed.
@@ -65,6 +66,7 @@ class Difference:
     """
 
     by_seed: Mapping[int, float]
+    terms: Mapping[int, float]
     is_relative: bool
     mean: float
     low: float | None
@@ -181,7 +183,8 @@ def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Compariso
     base = by_variant[baseline]
     others = [variant for variant in by_variant if variant != baseline]
     cells: dict[str, dict[str, Cell]] = {variant: {} for variant in by_variant}
-    for figure in dict.fromkeys((rules.metric, *rules.figures, *(claim.figure for claim in rules.claims))):
+    compared = list(dict.fromkeys((rules.metric, *rules.figures, *(claim.figure for claim in rules.claims))))
+    for figure in compared:
         values = {variant: _by_seed(runs, figure) for variant, runs in by_variant.items()}
         differences = {variant: _differ(figure, values[variant], values[baseline], rules) for variant in others}
         for variant, difference in _correct(differences).items():
@@ -204,7 +207,7 @@ def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Compariso
         )
         faults = {record.seed: record.fault for record in runs if record.fault}
         rows.append(Row(variant, cells[variant], verdict, reason, p, corrected_p, _changes(base, runs), faults))
-    warnings = _find_warnings(by_variant, baseline)
+    warnings = [*_find_warnings(by_variant, baseline), *_find_sharpness_warnings(by_variant, baseline, compared)]
     if rules.margin is not None:
         differences_of = {row.variant: row.cells[rules.metric].difference for row in rows if rules.metric in row.cells}
         without = [name for name, one in differences_of.items() if one is not None and not _has_margin(one, rules)]
@@ -243,7 +246,7 @@ def judge(
     worst, best = sorted((sign * found.low, sign * found.high))
     said = "" if found.p_corrected is None else f"p = {found.p_corrected:.2g} after correction"
     # The side that the test has found, where the mean is on it too: one seed far out may draw the mean over to the other.
-    side = sign * find_side(list(found.by_seed.values()), rules.test)
+    side = sign * find_side(list(found.terms.values()), rules.test)
     is_told = found.p_corrected is not None and found.p_corrected <= alpha and side * sign * found.mean > 0
     if is_told and side > 0:
         return Verdict.BETTER, said
@@ -265,7 +268,7 @@ def judge(
         return Verdict.NO_WORSE, f"{how}, within the margin of {rules.margin:g}{against}"
     if is_told or (has_interval and best < -rules.margin):
         return Verdict.WORSE, said if is_told else f"the whole interval is beyond the margin of {rules.margin:g}"
-    return Verdict.NOT_ENOUGH_SEEDS, _say_needed(found, worst, rules, sign)
+    return Verdict.NOT_ENOUGH_SEEDS, _say_needed(found, worst, rules)
 
 
 def _has_margin(found: Difference, rules: Rules) -> bool:
@@ -277,16 +280,16 @@ def _say_worst(worst: float) -> str:
     return f"at worst {-worst:.3g} worse" if worst < 0 else "nowhere in its interval worse"
 
 
-def _say_needed(found: Difference, worst: float, rules: Rules, sign: int) -> str:
+def _say_needed(found: Difference, worst: float, rules: Rules) -> str:
     assert rules.margin is not None
     if found.method == "all alike":
         return f"{len(found.by_seed)} differences that are all alike tell no spread"
     said = f"it may be {-worst:.3g} worse, and {rules.margin:g} is the margin"
     # The interval must come to no more than what is left between the mean and the margin.
-    room = rules.margin + sign * found.mean
+    room = fmean(_above_margin(found, rules))
     if room <= 0:
         return f"{said}; its mean is worse by more"
-    needed = seeds_needed(list(found.by_seed.values()), room, rules.confidence)
+    needed = seeds_needed(list(found.terms.values()), room, rules.confidence)
     return f"{said}; some {needed} seeds of such a spread and mean might show" if needed else said
 
 
@@ -322,6 +325,7 @@ def _differ(figure: str, ours: Mapping[int, float], theirs: Mapping[int, float],
     p = p_value(differences, test=rules.test)
     return Difference(
         by_seed={seed: tell(value) for seed, value in zip(seeds, differences, strict=True)},
+        terms=dict(zip(seeds, differences, strict=True)),
         is_relative=is_relative,
         mean=tell(fmean(differences)),
         low=None if interval is None else tell(interval.low),
@@ -339,12 +343,15 @@ def _p_worse(ours: Cell | None, rules: Rules) -> float | None:
     found = None if ours is None else ours.difference
     if rules.margin is None or found is None or not _has_margin(found, rules):
         return None
+    return p_value(_above_margin(found, rules), test=rules.test, alternative="greater")
+
+
+def _above_margin(found: Difference, rules: Rules) -> list[float]:
+    """How far the terms of a difference lie on the better side of the margin, by seed."""
+    assert rules.margin is not None
     sign = direction_of(rules.metric)
-    scale = math.log1p if found.is_relative else float
-    limit = scale(-sign * rules.margin)
-    return p_value(
-        [sign * (scale(value) - limit) for value in found.by_seed.values()], test=rules.test, alternative="greater"
-    )
+    limit = -sign * rules.margin
+    return [sign * (term - (math.log1p(limit) if found.is_relative else limit)) for term in found.terms.values()]
 
 
 def _changes(base: Sequence[Record], runs: Sequence[Record]) -> dict[str, tuple[Any, Any]]:
@@ -373,27 +380,56 @@ def _find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) ->
                 warnings.append(
                     f"{variant}, seed {record.seed}: other {' and '.join(differ)} than {baseline}: nothing pairs them"
                 )
-            warnings += _find_sharpness_warnings(record, other, baseline)
     machines = {record.machine for records in by_variant.values() for record in records if not record.fault}
     if len(machines) > 1:
         warnings.append(f"seconds and bytes do not compare, as the runs were made on: {'; '.join(sorted(machines))}")
     return warnings
 
 
-def _find_sharpness_warnings(record: Record, base: Record, baseline: str) -> list[str]:
-    """What stands against comparing the sharpness of two runs, of which the second is the baseline's."""
-    ours, theirs = (one.result.get("sharpness") or {} for one in (record, base))
-    if not ours:
-        return []
-    who = f"{record.variant}, seed {record.seed}: its sharpness"
+def _find_sharpness_warnings(
+    by_variant: Mapping[str, Sequence[Record]], baseline: str, figures: Sequence[str]
+) -> list[str]:
+    """What stands against comparing figures of sharpness."""
+    names = {figure.removeprefix("sharpness/") for figure in figures if figure.startswith("sharpness/")}
+    base = {record.seed: _sharpness_of(record) for record in by_variant[baseline]}
     warnings = []
-    estimates = {"trace": ours.get("trace"), "top_eigenvalue": {"converged": ours.get("eigenvalues_converged", True)}}
-    loose = [name for name, found in estimates.items() if isinstance(found, dict) and found.get("converged") is False]
-    if loose:
-        warnings.append(f"{who} ({', '.join(loose)}) was not within its tolerance when its budget was spent")
-    if theirs and record is not base:
-        differ = [name for name in ("fingerprint", "settings") if ours.get(name) != theirs.get(name)]
-        what = {"fingerprint": "over other examples", "settings": "by other settings"}
-        if differ:
-            warnings.append(f"{who} was measured {' and '.join(what[name] for name in differ)} than that of {baseline}")
+    for variant, records in by_variant.items():
+        measured = {record.seed: found for record in records if (found := _sharpness_of(record))}
+        loose = {seed: sorted(names & _not_converged(found)) for seed, found in measured.items()}
+        seeds = [seed for seed, some in loose.items() if some]
+        if seeds:
+            told = ", ".join(sorted({name for some in loose.values() for name in some}))
+            warnings.append(
+                f"{variant}: sharpness ({told}) was not within its tolerance when its budget was spent: {_say_seeds(seeds)}"
+            )
+        for key, how in (("fingerprint", "over other examples"), ("settings", "by other settings")):
+            others = [
+                seed for seed, found in measured.items() if base.get(seed) and found.get(key) != base[seed].get(key)
+            ]
+            if others:
+                warnings.append(
+                    f"{variant}: sharpness was measured {how} than that of {baseline}: {_say_seeds(others)}"
+                )
     return warnings
+
+
+def _sharpness_of(record: Record) -> Mapping[str, Any]:
+    return {} if record.fault else record.result.get("sharpness") or {}
+
+
+def _say_seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _not_converged(sharpness: Mapping[str, Any]) -> set[str]:
+    """Figures that are not within their tolerance."""
+    # It loads torch.
+    from safe_lab.gauging import summarize_all
+
+    suffix = "_converged"
+    try:
+        flat = summarize_all(sharpness)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        # Damaged: it has no figures, and so no cells.
+        return set()
+    return {name.removesuffix(suffix) for name, value in flat.items() if name.endswith(suffix) and not value}

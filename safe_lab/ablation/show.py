@@ -122,7 +122,7 @@ def difference_of(row: Row, figure: str) -> Difference | None:
 def format_difference(figure: str, found: Difference) -> str:
     """A mean difference, as a person reads it: percent of costs, points of shares.
 
-    >>> format_difference("resources/flops", Difference({0: -0.25}, True, -0.25, None, None, None, None, None, 1.0, None))
+    >>> format_difference("resources/flops", Difference({0: -0.25}, {}, True, -0.25, None, None, None, None, None, 1.0, None))
     '\N{MINUS SIGN}25.0 %'
     """
     return _signed(figure, found.mean, found.is_relative)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -55,10 +56,8 @@ def ablate(arguments: Sequence[str]) -> int:
         with whole_file(page) as stream:
             stream.write(report.write_page(report.read_source([experiment.folder], baseline=chosen.baseline)).encode())
     except OSError as error:
-        print(
-            f"{page}: cannot be written ({error}); `safe-lab report {experiment.folder}` makes it again",
-            file=sys.stderr,
-        )
+        again = shlex.join(["safe-lab", "report", str(experiment.folder), "--output", str(page)])
+        print(f"{page}: cannot be written ({error}); `{again}` makes it again", file=sys.stderr)
         return 1
     print(f"report: {page}", file=sys.stderr)
     # For scripts: nothing can be compared.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -206,7 +207,8 @@ def read_rows(record: Record, file: str, needed: Sequence[str]) -> list[dict[str
 def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
     import plotly.graph_objects as go
 
-    scorings = _thin(sorted({row["scoring"] for row in rows}), _MOST_SCORINGS)
+    every = sorted({row["scoring"] for row in rows})
+    scorings = _thin(every, _MOST_SCORINGS)
     epochs = {row["scoring"]: row["epoch"] for row in rows}
     depths = sorted({row["depth"] for row in rows})
     names = shorten({row["depth"]: row["unit"] for row in rows})
@@ -218,10 +220,10 @@ def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
     froze = [
         (scoring, depth)
         for depth in depths
-        for before, scoring in zip([None, *scorings], scorings, strict=False)
+        for before, scoring in zip([None, *every], every, strict=False)
         if look(depth, scoring, "frozen") and (before is None or not look(depth, before, "frozen"))
     ]
-    labels = [f"{scoring} ({epochs[scoring]:.3g})" for scoring in scorings]
+    labels = {scoring: f"{scoring} ({epochs[scoring]:.3g})" for scoring in every}
     has_scores = any(row["normalized_score"] is not None for row in rows)
     scores = [
         [
@@ -232,7 +234,7 @@ def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
     ]
     figure = go.Figure()
     figure.add_heatmap(
-        x=labels,
+        x=[labels[scoring] for scoring in scorings],
         y=[names[depth] for depth in depths],
         z=[_round(values) for values in scores],
         colorscale="Cividis",
@@ -242,22 +244,24 @@ def _draw_timeline(rows: Sequence[Mapping[str, Any]]) -> Chart:
         ygap=1,
     )
     figure.add_scatter(
-        x=[labels[scorings.index(scoring)] for scoring, _ in froze],
+        # In the column that is shown, of those left out the one before.
+        x=[labels[scorings[bisect_right(scorings, scoring) - 1]] for scoring, _ in froze],
         y=[names[depth] for _, depth in froze],
         mode="markers",
         # Dark and bright cells are both below it.
         marker={"symbol": "star", "size": 14, "color": "#FFFFFF", "line": {"width": 1.5, "color": "#000000"}},
         name="freezes",
-        hovertemplate="%{y} freezes<extra></extra>",
+        text=[labels[scoring] for scoring, _ in froze],
+        hovertemplate="%{y} freezes at scoring %{text}<extra></extra>",
     )
     figure.update_layout(
         xaxis={"title": "scoring (epoch)", "type": "category"},
         yaxis={"title": "unit, from the input up", "type": "category"},
         showlegend=False,
     )
-    return Chart(
-        "What froze when", "A row for each unit, a column for each scoring; a star where the unit froze.", figure
-    )
+    some = "" if len(scorings) == len(every) else f" ({len(scorings)} of {len(every)}, at even distances)"
+    note = f"A row for each unit, a column for each scoring{some}; a star where the unit froze."
+    return Chart("What froze when", note, figure)
 
 
 def _draw_scores(rows: Sequence[Mapping[str, Any]], *, has_threshold: bool) -> Chart:

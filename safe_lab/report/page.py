@@ -69,9 +69,9 @@ class _Figures:
         name = f"figure-{len(self._texts)}"
         # "</script>" in some text would end the element it stands in.
         text = str(chart.figure.to_json()).replace("<", "\\u003c")
+        if len(text) > self._left:
+            return f'<p class="note">{_escape(chart.title)}: left out, as the page is large; that of fewer runs has it.</p>'
         self._left -= len(text)
-        if self._left < 0:
-            return f'<p class="note">{_escape(chart.title)}: left out, as the page is large; a report of its run has it.</p>'
         self._texts.append(f'<script type="application/json" id="{name}">{text}</script>')
         return (
             f'<figure><h3>{_escape(chart.title)}</h3><p class="note">{_escape(chart.note)}</p>'
@@ -203,8 +203,8 @@ def _events(record: Record) -> str:
     try:
         rows = read_rows(record, "events.jsonl", ("step", "epoch", "units", "frozen_share", "frozen_depth"))
         items = [
-            f"<li>step {row['step']} (epoch {row['epoch']:.3g}): {_escape(', '.join(row['units']))}; "
-            f"{row['frozen_share']:.0%} of the units frozen, depth {row['frozen_depth']}</li>"
+            f"<li>step {row['step']:d} (epoch {row['epoch']:.3g}): {_escape(', '.join(row['units']))}; "
+            f"{row['frozen_share']:.0%} of the units frozen, depth {row['frozen_depth']:d}</li>"
             for row in rows[:_MOST_EVENTS]
         ]
     except (ValueError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def read_source(
     Raises:
         ConfigError: There are no runs, they are of different tasks, or there is no such variant or figure.
     """
-    parts = [part for path in paths for part in _read_parts(path)]
+    parts = _without_repeats([part for path in paths for part in _read_parts(path)])
     experiment = parts[0].experiment if len(parts) == 1 else None
     records = list(parts[0].records) if experiment is not None else _name_apart(parts)
     _check_one_task(records)
@@ -83,15 +84,16 @@ def read_source(
     figures = tuple(figure for figure in rules.figures if figure != rules.metric)
     rules = replace(rules, figures=figures, margin=rules.margin if margin is None else margin)
     check_rules(rules)
-    name = (
-        experiment.name
-        if experiment is not None
-        else ", ".join(dict.fromkeys(part.path.name for part in _folders(parts)))
-    )
+    names = [experiment.name] if experiment is not None else [_home(part).name for part in parts]
     again = {"--baseline": baseline, "--metric": metric, "--margin": margin}
     options = [text for option, value in again.items() if value is not None for text in (option, str(value))]
     report = shlex.join(["safe-lab", "report", *map(str, paths), *options, "--output", "report.html"])
-    return Source(name, records, ablation.compare(records, rules, chosen), [*map(_command, parts), report])
+    return Source(
+        ", ".join(dict.fromkeys(names)),
+        records,
+        ablation.compare(records, rules, chosen),
+        [*map(_command, parts), report],
+    )
 
 
 def _read_parts(path: Path) -> Iterator[_Part]:
@@ -100,21 +102,42 @@ def _read_parts(path: Path) -> Iterator[_Part]:
         experiment = ablation.load(path)
         yield _Part(path, read_experiment(experiment, read_failures(experiment.folder)), experiment)
         return
-    found = [path] if (path / _EXPERIMENT).is_file() else sorted(file.parent for file in path.glob(f"**/{_EXPERIMENT}"))
-    for folder in found:
-        experiment = _read_experiment_file(folder / _EXPERIMENT)
-        yield _Part(folder, read_experiment(experiment, read_failures(folder), folder.resolve()), experiment)
-    if path not in found:
-        experiments = [folder.resolve() for folder in found]
-        try:
-            runs = find_runs([path])
-        except ConfigError:
-            if not found:
-                raise
-            runs = []
-        for run in runs:
-            if not any(run.is_relative_to(folder) for folder in experiments):
-                yield _Part(run, [read_record(run)])
+    if (path / _EXPERIMENT).is_file():
+        yield _read_experiment_folder(path)
+        return
+    experiments = []
+    for file in sorted(path.glob(f"**/{_EXPERIMENT}")):
+        # One of another version: its runs stand by themselves.
+        with suppress(ConfigError):
+            yield _read_experiment_folder(file.parent)
+            experiments.append(file.parent.resolve())
+    try:
+        runs = find_runs([path])
+    except ConfigError:
+        if not experiments:
+            raise
+        return
+    for run in runs:
+        if not any(run.is_relative_to(folder) for folder in experiments):
+            yield _Part(run, [read_record(run)])
+
+
+def _read_experiment_folder(folder: Path) -> _Part:
+    experiment = _read_experiment_file(folder / _EXPERIMENT)
+    return _Part(folder, read_experiment(experiment, read_failures(folder), folder.resolve()), experiment)
+
+
+def _without_repeats(parts: Sequence[_Part]) -> list[_Part]:
+    """Each run once, whichever ways lead to it: a file and a folder, a link."""
+    seen: set[Path] = set()
+    kept = []
+    for part in parts:
+        places = [record.path.resolve() for record in part.records]
+        records = [record for record, place in zip(part.records, places, strict=True) if place not in seen]
+        seen.update(places)
+        if records:
+            kept.append(replace(part, records=records))
+    return kept
 
 
 def _read_experiment_file(path: Path) -> Experiment:
@@ -134,10 +157,10 @@ def _command(part: _Part) -> str:
     return shlex.join(["safe-lab", "ablate", str(file)])
 
 
-def _folders(parts: Sequence[_Part]) -> Iterator[_Part]:
-    """Each as what it is told by: an experiment's folder, or the one that a run's variant lies in."""
-    for part in parts:
-        yield part if part.experiment is not None else replace(part, path=part.path.parents[1])
+def _home(part: _Part) -> Path:
+    """The folder of an experiment, by whose name a part is told: for a run, the one that its variant lies in."""
+    # Not that of a link's target.
+    return part.records[0].path.parents[1].resolve()
 
 
 def _name_apart(parts: Sequence[_Part]) -> list[Record]:
@@ -146,12 +169,11 @@ def _name_apart(parts: Sequence[_Part]) -> list[Record]:
     Raises:
         ConfigError: Two are of one experiment, variant and seed.
     """
-    homes = {part.path: home.path.resolve() for part, home in zip(parts, _folders(parts), strict=True)}
-    several = len(set(homes.values())) > 1
+    several = len({_home(part) for part in parts}) > 1
     records: dict[tuple[str, int], Record] = {}
     for part in parts:
         for record in part.records:
-            variant = f"{homes[part.path].name}/{record.variant}" if several else record.variant
+            variant = f"{_home(part).name}/{record.variant}" if several else record.variant
             seed = record.seed
             # Of those whose configuration cannot be read nobody knows the seed.
             while record.config is None and (variant, seed) in records:

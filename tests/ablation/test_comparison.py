@@ -73,7 +73,7 @@ def test_costs_are_compared_by_factors():
         (-0.5, (0.5, 0.55, 0.49), Outcome.HELD),
         (-0.5, (0.1,), Outcome.UNKNOWN),
         # A cost of nothing has no factor.
-        (-0.5, (0.0, 0.0, 0.0), Outcome.NO_RUNS),
+        (-0.5, (0.0, 0.0, 0.0), Outcome.NO_SHARES),
         (-0.5, (), Outcome.NO_RUNS),
     ],
 )
@@ -95,6 +95,24 @@ def test_of_an_accuracy_a_claim_is_absolute_and_more_is_better():
     )
     found = compare([*records("none", [0.8, 0.8, 0.8]), *records("cka", [0.85, 0.86, 0.85])], rules, "none")
     assert list(found.claims) == [Outcome.REACHED, Outcome.MISSED]
+
+
+def test_a_claim_of_a_metric_is_not_reached_by_differences_that_tell_no_spread():
+    rules = Rules(ACCURACY, (), claims=(Claim("cka", ACCURACY, 0.005, "a paper"),))
+    found = compare([*records("none", [0.5, 0.75]), *records("cka", [0.5625, 0.8125])], rules, "none")
+    assert list(found.claims) == [Outcome.UNKNOWN]
+
+
+def test_shares_are_tested_as_the_logarithms_that_their_mean_is_of():
+    # Seven seeds cost a twentieth, one twelve times as much; as shares, that one would outweigh them.
+    logs = [-3.0 - 0.01 * seed for seed in range(7)] + [2.5]
+    base = [record("none", seed, 0.8, 1e12) for seed in range(8)]
+    ours = [record("cka", seed, 0.8, 1e12 * math.exp(log)) for seed, log in enumerate(logs)]
+    row = compare([*base, *ours], Rules(FLOPS, ()), "none").row("cka")
+    assert row.verdict == Verdict.BETTER
+    # Nothing is lost of a share that is next to all of it.
+    gone = [record("cka", seed, 0.8, 1e-9) for seed in range(8)]
+    assert compare([*base, *gone], Rules(FLOPS, (), margin=0.1), "none").row("cka").p_worse == 1 / 2**8
 
 
 def test_only_seeds_that_both_have_are_compared_and_what_is_left_out_is_told():
@@ -188,10 +206,13 @@ def test_sharpness_that_does_not_compare_is_told():
     runs = [record(name, 0, 0.8) for name in ("none", "cka")]
     for run, fingerprint, converged in zip(runs, "ab", (True, False), strict=True):
         trace = {"value": 1.0, "standard_error": 0.1, "converged": converged}
-        run.result["sharpness"] = {"fingerprint": fingerprint, "settings": {"samples": 4}, "trace": trace}
-    assert compare(runs, RULES, "none").warnings == [
-        "cka, seed 0: its sharpness (trace) was not within its tolerance when its budget was spent",
-        "cka, seed 0: its sharpness was measured over other examples than that of none",
+        validation = {"gauss_newton_trace": trace, "adaptive_gauss_newton_trace": trace}
+        run.result["sharpness"] = {"fingerprint": fingerprint, "settings": {"samples": 4}, "validation": validation}
+    # Of what is compared, and nothing else.
+    rules = Rules(ACCURACY, ("sharpness/validation_gauss_newton_trace",))
+    assert compare(runs, rules, "none").warnings == [
+        "cka: sharpness (validation_gauss_newton_trace) was not within its tolerance when its budget was spent: seed 0",
+        "cka: sharpness was measured over other examples than that of none: seed 0",
     ]
 
 

@@ -55,8 +55,9 @@ def test_runs_are_reported_by_their_folders_wherever_they_lie(experiment, copy):
     source = read_source([copy / "cka" / "seed-0"])
     assert source.comparison.baseline == "cka"
     assert source.commands[0].startswith("safe-lab train ")
-    with pytest.raises(ConfigError, match="are both of variant cka and seed 0; report one of them"):
-        read_source([copy / "cka", copy / "cka" / "seed-0"])
+    # Whichever ways lead to a run, it is one.
+    (copy.parent / "link").symlink_to(copy)
+    assert len(read_source([copy / "cka", copy / "cka" / "seed-0", copy.parent / "link"]).records) == 5
     shutil.copytree(copy / "cka" / "seed-0", copy / "cka" / "seed-0-kept")
     with pytest.raises(ConfigError, match="are both of variant cka and seed 0"):
         read_source([copy])
@@ -140,6 +141,11 @@ def test_damaged_runs_are_in_the_report_as_such(copy):
             '{"epoch": 1}',
             "What happened cannot be told: events.jsonl cannot be read: row 1 has no step",
         ),
+        (
+            "events.jsonl",
+            json.dumps(dict.fromkeys(("epoch", "frozen_share", "frozen_depth"), 1) | {"step": HOSTILE, "units": []}),
+            "What happened cannot be told: ",
+        ),
         ("events.jsonl", "null", "What happened cannot be told: "),
         ("metrics.jsonl", "1", "What it cost cannot be drawn: metrics.jsonl cannot be read: row 1 has no epoch"),
         ("metrics.jsonl", '{"epoch": 1', "What it cost cannot be drawn: "),
@@ -158,6 +164,7 @@ def test_what_is_damaged_in_a_run_is_told_and_the_rest_is_reported(copy, file, t
     page = write_page(read_source([copy]))
     assert said.replace("'", "&#x27;") in page
     assert "late, seed 0" in page
+    assert HOSTILE not in page
 
 
 def test_missing_runs_are_named_whichever_way_an_experiment_is_reached(experiment, tmp_path):
@@ -167,6 +174,12 @@ def test_missing_runs_are_named_whichever_way_an_experiment_is_reached(experimen
     assert one.comparison.row("late").faults == {1: "it is missing"}
     both = read_source([tmp_path / "runs"])
     assert both.comparison.row("one/late").faults == both.comparison.row("two/late").faults == {1: "it is missing"}
+    # Of an experiment that this version cannot read the runs stand by themselves.
+    (tmp_path / "runs" / "two" / "experiment.yaml").write_text("variants: 3")
+    mixed = read_source([tmp_path / "runs"])
+    assert mixed.comparison.row("one/late").faults and not mixed.comparison.row("two/late").faults
+    with pytest.raises(ConfigError, match="it is damaged, or of another version"):
+        read_source([tmp_path / "runs" / "two"])
     shutil.rmtree(tmp_path / "runs" / "two")
     # One experiment is reported by its own rules, from above too.
     assert read_source([tmp_path / "runs"]).comparison.rules.margin == 0.5
