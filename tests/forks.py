@@ -67,10 +67,11 @@ def command(arguments, stdout, stderr, environment=(), folder="."):
 
     def call():
         from safe_lab.ablation import running
+        from safe_lab.bench import processes
         from safe_lab.cli import main
         from safe_lab.sweep import supervisor, worker_process
 
-        supervisor.started = _started
+        processes.started = supervisor.started = _started
         running.Nursery = worker_process.Nursery = _Nursery
         os.chdir(folder)
         sys.argv = ["safe-lab", *words]

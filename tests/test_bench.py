@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import command
 from tiny import FAMILIES, save_tiny_model, write_csv
 
 from safe_lab import config as configuration
@@ -57,13 +58,25 @@ def path(tmp_path):
 
 def start(path, tree, *arguments):
     path.write_text(yaml_core.write(tree))
-    command = [sys.executable, "-m", "safe_lab", "bench", str(path), "--output", str(path.parent / "out"), *arguments]
+    words = [sys.executable, "-m", "safe_lab", "bench", str(path), "--output", str(path.parent / "out"), *arguments]
     # A suite started in the background of a shell ignores Ctrl-C, and its children inherit that.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def run_forked(path, tree, *arguments, code=0):
+    """What a bench prints, and what it says beside it; it and its trainings are forks of this process."""
+    path.write_text(yaml_core.write(tree))
+    printed, said = path.with_suffix(".printed"), path.with_suffix(".said")
+    for file in (printed, said):
+        file.write_text("")
+    with command(["bench", path, "--output", path.parent / "out", *arguments], printed, said) as fork:
+        fork.wait(timeout=280)
+    assert fork.returncode == code, said.read_text()
+    return printed.read_text(), said.read_text()
 
 
 def wait_for(condition, seconds=120):
@@ -260,9 +273,7 @@ def finished(tmp_path_factory):
         "training": {"epochs": 9, "batch_size": 8, "learning_rate": 1e-2},
         "freezing": {"policy": "prefix", "interval": 2, "warmup": 0, "final": 1, "final_share": 1.0},
     }
-    process = start(place / "bench.yaml", bench_of(base), "--json", "training.epochs=3")
-    out, err = process.communicate(timeout=280)
-    assert process.returncode == 0, err
+    out, err = run_forked(place / "bench.yaml", bench_of(base), "--json", "training.epochs=3")
     return json.loads(out), err, place / "out"
 
 
@@ -314,10 +325,7 @@ def test_a_bench_folder_is_not_written_twice(finished):
         ({}, (), "holds a bench already; --resume goes on with it"),
         ({"threads": 2}, ("--resume",), "its seconds are not comparable with these (threads: 1 there, 2 here)"),
     ]:
-        process = start(folder.parent / "bench.yaml", tree | changes, *arguments)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert message in err
+        assert message in run_forked(folder.parent / "bench.yaml", tree | changes, *arguments, code=2)[1]
     (folder.parent / "bench.yaml").write_text(yaml_core.write(tree))
     bench = load(folder.parent / "bench.yaml", ["training.epochs=3"])
     with (
@@ -346,9 +354,8 @@ def test_a_resumed_bench_trains_only_what_is_missing_damaged_or_changed(finished
     tree["base"]["savings"] = {"cache": False}
     tree["variants"]["safe"]["overrides"] = {"savings.cache": True}
     tree["variants"]["none"]["overrides"]["savings.cache"] = True
-    process = start(tmp_path / "bench.yaml", tree, "--json", "--resume", "training.epochs=3", "--repetitions", "2")
-    out, err = process.communicate(timeout=280)
-    assert process.returncode == 0, err
+    arguments = ("--json", "--resume", "training.epochs=3", "--repetitions", "2")
+    out, err = run_forked(tmp_path / "bench.yaml", tree, *arguments)
     trained = [line for line in err.splitlines() if "repetition" in line and "measured before" not in line]
     assert [line.split(":")[0][4:] for line in trained] == [
         "none, repetition 0",
