@@ -13,11 +13,12 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from parallel import FSDP, free_port
-from test_run import bits
+from parallel import FSDP, free_port, in_processes
+from test_run import bits, config_of
 
 from safe_lab import config as configuration
 from safe_lab import launch
+from safe_lab.run import run
 from safe_lab.section import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "accelerate"
@@ -78,9 +79,8 @@ def is_alive(pid):
 def test_a_killed_process_ends_the_job_and_resume_goes_on_to_the_same_bits(rank, environment, tiny_tree, tmp_path):
     tiny_tree["training"] |= {"epochs": 12}
     tiny_tree["freezing"] |= {"interval": 8}
-    code, output = finish(start(tmp_path, tiny_tree, "variant=whole", **environment))
-    assert code == 0, output
-    config = configuration.load(tmp_path / "run.yaml", ["variant=killed"])
+    whole, config = (config_of(tiny_tree, variant=variant) for variant in ("whole", "killed"))
+    in_processes(lambda processes: run(whole), environment=environment)
 
     process = start(tmp_path, tiny_tree, "variant=killed", **environment)
     while not list(config.run_folder.glob("checkpoints/step-*")):
@@ -99,11 +99,10 @@ def test_a_killed_process_ends_the_job_and_resume_goes_on_to_the_same_bits(rank,
     code, output = finish(start(tmp_path, tiny_tree, "variant=killed", "--resume", **environment))
     assert code == 0, output
     assert "resumed at step" in output
-    folders = (config.run_folder.parents[1] / variant / "seed-0" for variant in ("whole", "killed"))
-    whole, killed = (bits(folder, with_bytes=False) for folder in folders)
-    for entry in (whole, killed):
+    left_alone, resumed = (bits(left.run_folder, with_bytes=False) for left in (whole, config))
+    for entry in (left_alone, resumed):
         entry[2].pop("variant")
-    assert whole == killed
+    assert left_alone == resumed
 
 
 def test_accelerate_launch_starts_two_processes_on_cpu(tiny_tree, tmp_path):

@@ -112,7 +112,7 @@ def test_the_ledger_follows_weights_that_are_gathered_and_given_up(reshard_after
         first, *later = traces
         for entry in later:
             assert entry.left["parameters"] == entry.held["parameters"] == pytest.approx(own_bytes, rel=0.02)
-            assert entry.peak_bytes == pytest.approx(first.peak_bytes, rel=0.01)
+            assert entry.peak_bytes == pytest.approx(first.peak_bytes, rel=0.02), (entry.peak, first.peak)
             assert entry.flops == first.flops
             # At most what is at work and the next; or else all.
             gathered = entry.peak["parameters"] - entry.held["parameters"]
