@@ -9,6 +9,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     >>> did_you_mean("fischer", ["cka", "fisher"])
     '; did you mean fisher?'
+    >>> did_you_mean("acuracy", ["validation/loss", "validation/accuracy"])
+    '; did you mean validation/accuracy?'
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    known = list(known)
+    # Of names with a path the last part may be meant, or misspelt.
+    by_end = {entry.rpartition("/")[2]: entry for entry in reversed(known)}
+    near = difflib.get_close_matches(name, known, n=1) or [
+        by_end[end] for end in difflib.get_close_matches(name, by_end, n=1)
+    ]
     return f"; did you mean {near[0]}?" if near else ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safe_lab.ablation.records import Record
+from safe_lab.run_folder import RunFolder
 
 
 def find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) -> list[str]:
@@ -27,6 +29,40 @@ def find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) -> 
     if len(machines) > 1:
         warnings.append(f"seconds and bytes do not compare, as the runs were made on: {'; '.join(sorted(machines))}")
     return warnings
+
+
+def find_twins(by_variant: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Variants that came to one and the same training: what froze when, and every metric, are alike to the last digit.
+
+    No number of seeds tells such variants apart: they differ in nothing that has had an effect.
+    """
+    trainings = {
+        variant: {record.seed: found for record in records if (found := _training_of(record)) is not None}
+        for variant, records in by_variant.items()
+    }
+    warnings = []
+    for one, other in itertools.combinations(trainings, 2):
+        shared = trainings[one].keys() & trainings[other].keys()
+        alike = sorted(seed for seed in shared if trainings[one][seed] == trainings[other][seed])
+        if alike:
+            where = "in every seed that both have" if len(alike) == len(shared) else f"in {_say_seeds(alike)}"
+            froze = any(trainings[one][seed][0] for seed in alike)
+            how = "the same units froze at the same steps" if froze else "nothing froze"
+            warnings.append(f"{one} and {other} are one training {where}: {how}, and all metrics are alike")
+    return warnings
+
+
+def _training_of(record: Record) -> tuple[Any, Any] | None:
+    """What froze when, and the metrics; None where that cannot be told."""
+    if record.fault:
+        return None
+    try:
+        rows = RunFolder(record.path, writes=False).rows("events.jsonl")
+        events = [(row["step"], sorted(row["units"])) for row in rows if row["units"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_told = bool(events) == bool(record.result["frozen_share"])
+    return (events, record.result["metrics"]) if is_told else None
 
 
 def find_sharpness_warnings(

@@ -14,7 +14,7 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
-from safe_lab.ablation.caveats import find_sharpness_warnings, find_warnings
+from safe_lab.ablation.caveats import find_sharpness_warnings, find_twins, find_warnings
 from safe_lab.ablation.claims import Outcome
 from safe_lab.ablation.claims import judge as judge_claim
 from safe_lab.ablation.records import PLACE, Record
@@ -208,7 +208,11 @@ def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Compariso
         )
         faults = {record.seed: record.fault for record in runs if record.fault}
         rows.append(Row(variant, cells[variant], verdict, reason, p, corrected_p, _changes(base, runs), faults))
-    warnings = [*find_warnings(by_variant, baseline), *find_sharpness_warnings(by_variant, baseline, compared)]
+    warnings = [
+        *find_warnings(by_variant, baseline),
+        *find_twins(by_variant),
+        *find_sharpness_warnings(by_variant, baseline, compared),
+    ]
     if rules.margin is not None:
         differences_of = {row.variant: row.cells[rules.metric].difference for row in rows if rules.metric in row.cells}
         without = [name for name, one in differences_of.items() if one is not None and not _has_margin(one, rules)]

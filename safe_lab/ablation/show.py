@@ -194,7 +194,7 @@ def _describe(progress: Progress, experiment: Experiment, runs: Sequence[Progres
     name = f"{progress.variant}, seed {progress.seed} ({ended}/{len(experiment.runs)})"
     latest = progress.latest.get(experiment.metric)
     if progress.state == State.RUNNING:
-        return f"{name} begins" + (f", as it is {progress.note}" if progress.note else "")
+        return f"{name} begins" + (f", as {progress.note}" if progress.note else "")
     if progress.state == State.FAILED:
         return f"{name} failed: {' '.join(progress.note.splitlines()[:2])}"
     if progress.state == State.KEPT:

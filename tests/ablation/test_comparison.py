@@ -1,6 +1,8 @@
 """Variants held against a baseline: worked cases, and what is said where little can be said."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -271,3 +273,38 @@ def test_a_comparison_is_plain_values():
     found = compare([*records("none", [0.8, 0.9]), *records("cka", [0.83, 0.91])], RULES, "none").to_dict()
     assert found["rows"][1]["verdict"] == Verdict.NOT_ENOUGH_SEEDS
     assert SimpleNamespace(**found).baseline == "none"
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (
+            (20, 20),
+            ["cka and fisher are one training in every seed that both have: the same units froze at the same steps"],
+        ),
+        ((20, 30), ["cka and fisher are one training in seed 0: the same units froze at the same steps"]),
+        ((30, 30), []),
+    ],
+)
+def test_variants_that_came_to_one_training_are_told(steps, said, tmp_path):
+    def trained(variant, seed, step):
+        path = tmp_path / variant / f"seed-{seed}"
+        path.mkdir(parents=True)
+        (path / "events.jsonl").write_text(json.dumps({"step": step, "units": ["layer.1", "layer.0"]}) + "\n")
+        return replace(record(variant, seed, 0.8), path=path)
+
+    runs = [trained("cka", seed, 20) for seed in (0, 1)]
+    runs += [trained("fisher", seed, step) for seed, step in enumerate(steps)]
+    assert compare(runs, RULES, "cka").warnings == [f"{line}, and all metrics are alike" for line in said]
+    (tmp_path / "cka" / "seed-0" / "events.jsonl").write_text("damaged\n")
+    (tmp_path / "cka" / "seed-1" / "events.jsonl").unlink()
+    assert not compare(runs, RULES, "cka").warnings
+
+
+def test_variants_in_which_nothing_froze_are_one_training():
+    runs = records("none", [0.8, 0.9]) + records("cka", [0.8, 0.9])
+    runs = [replace(run, result=run.result | {"frozen_share": 0}) for run in runs]
+    (said,) = compare(runs, RULES, "none").warnings
+    assert (
+        said == "none and cka are one training in every seed that both have: nothing froze, and all metrics are alike"
+    )
