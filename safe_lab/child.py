@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _LAST_LINES = 8
+_WARNING = "WARNING "
+_INDENT = " " * len(_WARNING)
 _SAID = ("stopped: ", "error: ")
 # Runs a command of safe-lab that ends with the process that started it.
 CHILD = "safe_lab.cli.child"
@@ -69,6 +71,21 @@ def num_threads(count: int) -> dict[str, str]:
 def why_ended(code: int, log: Path) -> str:
     """Why a process ended otherwise than well: its exit code or signal, and what it said of it, or its last lines."""
     return f"{_reason(code)}\n{_cause(log)}".strip()
+
+
+def read_warnings(log: Path) -> tuple[str, ...]:
+    """What a process has warned of, as its log has it: each warning once, its lines put together."""
+    found: list[str] = []
+    within = False
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        # Of a terminal's width, as rich writes them: what goes on is indented.
+        if within and line.startswith(_INDENT):
+            found[-1] += f" {line.strip()}"
+            continue
+        within = line.startswith(_WARNING)
+        if within:
+            found.append(line.removeprefix(_WARNING).strip())
+    return tuple(dict.fromkeys(found))
 
 
 def last_lines(path: Path, count: int) -> str:

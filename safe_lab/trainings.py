@@ -76,7 +76,7 @@ def train(
     overwrite = overwrite and not _is_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     RunFolder(path.parent).write(f"{path.name}.yaml", configuration.dump(config))
-    log = path.parent / f"{path.name}.log"
+    log = log_of(config)
     rows = _Evaluations(path)
     while True:
         _wait_until_free(path, tick)
@@ -86,8 +86,9 @@ def train(
         file = str((path.parent / f"{path.name}.yaml").absolute())
         # A run that was killed after its training is measured from its folder.
         measures = not fault and _lacks_sharpness(config)
-        begin = "--overwrite" if fault else "--resume"
-        with start(["sharpness", str(path)] if measures else ["train", file, begin, "--quiet"], log) as process:
+        # Where there is nothing to go on with, it is not asked for, and nobody warned that it cannot be had.
+        begin = ["--overwrite"] if fault else ["--resume"] if (path / "config.yaml").exists() else []
+        with start(["sharpness", str(path)] if measures else ["train", file, *begin, "--quiet"], log) as process:
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_SECONDS)
@@ -118,6 +119,12 @@ def train(
         logger.warning(
             "%s: %s; it goes on from %s", path, why_ended(code, log).splitlines()[0], newest or "its beginning"
         )
+
+
+def log_of(config: Config) -> Path:
+    """Where the process that trains a run writes what it has to say."""
+    path = config.run_folder
+    return path.parent / f"{path.name}.log"
 
 
 def check_data(config: Config) -> None:

@@ -6,14 +6,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from safe_lab.ablation.experiment_file import Experiment
 from safe_lab.ablation.records import find_change
+from safe_lab.child import read_warnings
 from safe_lab.nursery import Nursery, Start, start_afresh
-from safe_lab.trainings import Evaluation, is_finished, remove_leftovers, train
+from safe_lab.trainings import Evaluation, is_finished, log_of, remove_leftovers, train
 
 
 class State(StrEnum):
@@ -36,6 +37,7 @@ class Progress:
         state: Whether it waits, runs, was there before, or has ended.
         note: Why it failed, or what made it begin anew.
         latest: Its newest row with an evaluation.
+        warnings: What it has warned of.
     """
 
     variant: str
@@ -43,6 +45,7 @@ class Progress:
     state: State = State.WAITING
     note: str = ""
     latest: Evaluation = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 Show = Callable[[Progress], None]
@@ -136,6 +139,8 @@ class _Board:
             return False
 
         ended = train(config, start=start, watch=watch, tick=self._tick, overwrite=bool(changed))
+        with suppress(OSError):
+            self._set(run, warnings=read_warnings(log_of(config)))
         if ended.how == "finished":
             if not self.experiment.settings.keep_checkpoints:
                 remove_leftovers(config)

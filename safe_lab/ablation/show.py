@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from safe_lab.ablation.experiment_file import Experiment
 from safe_lab.ablation.running import Progress, Show, State
 from safe_lab.figures import differs_by_factor, format_figure
 
+_NUMBER = re.compile(r"[-+]?\d[\d.e+-]*")
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -22,12 +24,23 @@ _MINUS = "\N{MINUS SIGN}"
 def live(experiment: Experiment, console: Console) -> Iterator[Show]:
     """Show how the runs of an experiment stand: a table on a terminal, a line for each change elsewhere."""
     runs = {run: Progress(*run) for run in experiment.runs}
+    warned: set[str] = set()
+
+    def warn(progress: Progress) -> None:
+        """By the first run of each variant that says it: its others say the same, with other figures."""
+        for warning in progress.warnings:
+            kind = f"{progress.variant}: {_NUMBER.sub('', warning)}"
+            if kind not in warned:
+                warned.add(kind)
+                _say(console, f"warning: {progress.variant}, seed {progress.seed}: {warning}")
+
     if not console.is_terminal:
         shown: dict[tuple[str, int], State] = {}
 
         def tell(progress: Progress) -> None:
             run = (progress.variant, progress.seed)
             runs[run] = progress
+            warn(progress)
             if shown.get(run) != progress.state:
                 shown[run] = progress.state
                 _say(console, _describe(progress, experiment, runs.values()))
@@ -39,6 +52,7 @@ def live(experiment: Experiment, console: Console) -> Iterator[Show]:
         def update(progress: Progress) -> None:
             runs[progress.variant, progress.seed] = progress
             table.update(_board(experiment, runs))
+            warn(progress)
             if progress.note and progress.state in (State.RUNNING, State.FAILED):
                 _say(console, _describe(progress, experiment, runs.values()))
 

@@ -100,8 +100,20 @@ def test_an_experiment_trains_what_is_missing_and_keeps_the_rest(ablation):
     after = ablation.ended_at()
     assert len(after) == 9
     assert {run for run in before if after[run] == before[run]} == {("none", "seed-0"), ("none", "seed-1")}
-    assert "cka, seed 0 (2/9) begins, as it" in said
+    assert "cka, seed 0 (2/9) begins, as it is of another configuration: " in said
     assert "freezing.curve: cubic there, linear here" in said
+
+
+def test_what_runs_warn_of_is_told_once_a_variant(ablation):
+    ablation.tree["base"]["freezing"]["final"] = 9
+    _, said = ablation.run(variants={"cka": {}, "update_norm": {"freezing.metric": "update_norm"}}, seeds=2)
+    lines = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert [line.split(": nothing froze: after 1 scorings the threshold is 0")[0] for line in lines] == [
+        "warning: cka, seed 0",
+        "warning: update_norm, seed 0",
+    ]
+    # What rich has broken is one line again.
+    assert all(line.endswith("raise final_threshold, lower final, or normalize the scores") for line in lines)
 
 
 def test_variants_of_a_seed_begin_with_the_same_head_and_see_the_same_rows(ablation, tmp_path):
