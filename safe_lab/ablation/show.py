@@ -11,13 +11,13 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from safe_lab.ablation.comparison import Comparison, Difference, Row, Verdict
+from safe_lab.ablation.comparison import Comparison, Row, Verdict
 from safe_lab.ablation.experiment_file import Experiment
 from safe_lab.ablation.running import Progress, Show, State
-from safe_lab.figures import differs_by_factor, format_figure
+from safe_lab.ablation.words import describe_claims, describe_rules, difference_of, format_difference, format_interval
+from safe_lab.figures import format_figure
 
 _NUMBER = re.compile(r"[-+]?\d[\d.e+-]*")
-_MINUS = "\N{MINUS SIGN}"
 
 
 @contextmanager
@@ -81,83 +81,6 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for line in describe_claims(comparison):
         _say(console, line)
     _say(console, describe_rules(comparison))
-
-
-def describe_claims(comparison: Comparison) -> Iterator[str]:
-    """Each claim, and what came of it, in a line."""
-    for claim, outcome in zip(comparison.rules.claims, comparison.claims, strict=True):
-        found = difference_of(comparison.row(claim.variant), claim.figure)
-        claimed = _signed(claim.figure, claim.difference, differs_by_factor(claim.figure))
-        line = f"{claim.source} claims {claimed} {claim.figure} of {claim.variant}: {outcome}"
-        if found is not None:
-            interval = format_interval(claim.figure, found)
-            line += f"; found {format_difference(claim.figure, found)}" + (f" ({interval})" if interval else "")
-        yield line
-
-
-def describe_rules(comparison: Comparison) -> str:
-    """How to read the figures, in a sentence or two."""
-    rules = comparison.rules
-    differences = [found for row in comparison.rows if (found := difference_of(row, rules.metric)) is not None]
-    most = max((len(found.by_seed) for found in differences), default=0)
-    num_others = len([found for found in differences if found.p is not None])
-    methods = sorted({found.method for found in differences if found.method and found.method != "all alike"})
-    said = [f"Differences are to {comparison.baseline}, paired by seed."]
-    if methods:
-        said.append(
-            f"Intervals ({' and '.join(methods)}) hold the true mean in {rules.confidence:.0%} of cases, each by itself."
-        )
-    if most > 1:
-        smallest = min(found.smallest_p for found in differences)
-        line = f"With {most} seeds p ({rules.test}) cannot come below {smallest:.2g}"
-        if num_others > 1:
-            corrected = min(1.0, smallest * num_others)
-            line += f", nor below {corrected:.2g} after Holm's correction over {num_others} comparisons"
-        said.append(f"{line}. p and g (the size of the effect, after Hedges) are of {rules.metric}.")
-    if rules.margin is not None:
-        said.append(
-            f"No worse: the interval of the metric ends less than {rules.margin:g} on the worse side, by itself"
-        )
-        if num_others > 1:
-            chance = 1 - ((1 + rules.confidence) / 2) ** num_others
-            said[-1] += (
-                f", so that of {num_others} variants worse by just that one or more may be called so in {chance:.0%} of cases"
-            )
-        said[-1] += "."
-    return " ".join(said)
-
-
-def difference_of(row: Row, figure: str) -> Difference | None:
-    """Of a variant's figure to the baseline's."""
-    cell = row.cells.get(figure)
-    return None if cell is None else cell.difference
-
-
-def format_difference(figure: str, found: Difference) -> str:
-    """A mean difference, as a person reads it: percent of costs, points of shares.
-
-    >>> format_difference("resources/flops", Difference({0: -0.25}, {}, True, -0.25, None, None, None, None, None, 1.0, None))
-    '\N{MINUS SIGN}25.0 %'
-    """
-    return _signed(figure, found.mean, found.is_relative)
-
-
-def format_interval(figure: str, found: Difference) -> str:
-    """Its interval; empty with a single seed."""
-    if found.low is None or found.high is None:
-        return ""
-    return f"{_signed(figure, found.low, found.is_relative)} to {_signed(figure, found.high, found.is_relative)}"
-
-
-def _signed(figure: str, value: float, is_relative: bool) -> str:
-    if is_relative:
-        amount = f"{abs(value):.1%}".replace("%", " %")
-    elif abs(value) < 1:
-        # Of a share, or a loss: its fourth figure tells nothing at any number of rows that is evaluated.
-        amount = f"{abs(value):.4f}"
-    else:
-        amount = format_figure(figure, abs(value))
-    return f"{'+' if value > 0 else _MINUS if value < 0 else ''}{amount}"
 
 
 def _cells(row: Row, comparison: Comparison, figures: Sequence[str]) -> list[str]:

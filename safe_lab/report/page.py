@@ -14,7 +14,7 @@ from safe_lab import yaml_core
 from safe_lab.ablation import Comparison, Verdict
 from safe_lab.ablation.comparison import Row
 from safe_lab.ablation.records import Record
-from safe_lab.ablation.show import describe_claims, describe_rules
+from safe_lab.ablation.words import describe, describe_claims, describe_rules
 from safe_lab.report.charts import (
     Chart,
     choose_styles,
@@ -27,7 +27,6 @@ from safe_lab.report.charts import (
 from safe_lab.report.curvature import draw_slices, draw_spectra
 from safe_lab.report.source import Source
 from safe_lab.report.tables import figures_of, find_best, format_cell, format_test, short_name, warnings_of
-from safe_lab.report.words import describe
 
 _GOOD = (Verdict.BETTER, Verdict.NO_WORSE)
 _BAD = (Verdict.WORSE, Verdict.NO_RUNS)

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from safe_lab.ablation import Comparison, Verdict
 from safe_lab.ablation.comparison import Row
-from safe_lab.ablation.show import describe_claims, describe_rules, difference_of, format_difference, format_interval
+from safe_lab.ablation.words import describe_claims, describe_rules, difference_of, format_difference, format_interval
 from safe_lab.figures import direction_of, format_figure
 
 _MINUS = "\N{MINUS SIGN}"

@@ -12,7 +12,7 @@ from safe_lab.ablation.claims import Outcome
 from safe_lab.ablation.comparison import Verdict, compare
 from safe_lab.ablation.records import Record
 from safe_lab.ablation.rules import Claim, Rules
-from safe_lab.ablation.show import describe_claims
+from safe_lab.ablation.words import describe_claims
 from safe_lab.statistics import mean_interval, p_value
 
 ACCURACY, FLOPS = "validation/accuracy", "resources/flops"
