@@ -42,8 +42,15 @@ def format_bytes(number: float) -> str:
     >>> format_bytes(8803947315), format_bytes(14705056), format_bytes(512)
     ('8.20 GiB', '14.0 MiB', '512 B')
     """
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if number >= 1024**power:
-            value = number / 1024**power
-            return f"{value:.2f} {unit}" if power >= 3 else f"{value:.1f} {unit}"
-    return f"{number:.0f} B"
+    unit, size = byte_unit(number)
+    decimals = 2 if size >= 1024**3 else 1 if size > 1 else 0
+    return f"{number / size:.{decimals}f} {unit}"
+
+
+def byte_unit(number: float) -> tuple[str, int]:
+    """The largest binary unit that leaves a whole part, and its bytes.
+
+    >>> byte_unit(14705056), byte_unit(0)
+    (('MiB', 1048576), ('B', 1))
+    """
+    return next(((unit, _UNITS[unit]) for unit in ("TiB", "GiB", "MiB", "KiB") if number >= _UNITS[unit]), ("B", 1))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from safe_lab.byte_size import format_bytes, parse_bytes
+from safe_lab.byte_size import byte_unit, format_bytes, parse_bytes
 from safe_lab.config import Config
 from safe_lab.data.tasks import TASKS, metric_key
 from safe_lab.suggest import did_you_mean
@@ -177,6 +177,19 @@ def format_figure(name: str, value: float) -> str:
     if _FLOPS.search(name):
         return f"{value / 1e12:.4g} TFLOP"
     return f"{value:.4g} s" if _SECONDS.search(name) else f"{value:.4g}"
+
+
+def unit_of(name: str, value: float) -> tuple[str, float]:
+    """The unit in which an amount of a figure is written, and how much one of it is; empty and 1 where it has none.
+
+    >>> unit_of("resources/memory_mean_bytes", 2.5e8), unit_of("resources/flops", 2e15), unit_of("validation/f1", 0.9)
+    (('MiB', 1048576), ('PFLOP', 1000000000000000.0), ('', 1))
+    """
+    if _BYTES.search(name):
+        return byte_unit(value)
+    if _FLOPS.search(name):
+        return next((one for one in reversed(_FLOP_UNITS.items()) if value >= one[1]), ("GFLOP", 1e9))
+    return ("s", 1) if _SECONDS.search(name) else ("J", 1) if name.endswith("joules") else ("", 1)
 
 
 def parse_amount(name: str, text: str) -> float:

@@ -28,6 +28,7 @@ class Result:
     processes: dict[str, Any]
     savings: dict[str, int]
     parameters: dict[str, int]
+    examples: dict[str, int]
     truncated: dict[str, int]
     frozen_share: float
     frozen_depth: int

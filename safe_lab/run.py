@@ -168,6 +168,7 @@ def _conclude(
     known = [forecast for forecast in forecasts if forecast is not None]
     seconds = resources["seconds"]
     training_seconds = sum(seconds[activity] for activity in TRAINING)
+    splits = {"training": parts.data.train, **parts.data.validation}
     return Result(
         name=config.name,
         variant=config.variant,
@@ -203,6 +204,7 @@ def _conclude(
             "trainable_at_end": trainable
             - sum(unit.num_parameters for unit, frozen in zip(freezer.units, freezer.frozen, strict=True) if frozen),
         },
+        examples={split: len(rows) for split, rows in splits.items()},
         truncated=parts.data.num_truncated,
         frozen_share=freezer.frozen_share,
         frozen_depth=freezer.frozen_depth,
@@ -210,10 +212,7 @@ def _conclude(
         timeline=timeline,
         fingerprints={
             "base": parts.base_fingerprint,
-            **{
-                split: hash_rows(rows)
-                for split, rows in {"training": parts.data.train, **parts.data.validation}.items()
-            },
+            **{split: hash_rows(rows) for split, rows in splits.items()},
         },
     )
 

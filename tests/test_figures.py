@@ -26,7 +26,7 @@ def test_names_and_reported_figures_are_the_same(tiny_tree):
     run(config)
     result = json.loads((config.run_folder / "result.json").read_text())
     # What is about the run, of each process, or a forecast of another run.
-    about = {"seed", "sharpness", "processes", "unfrozen_forecast", "truncated", "baselines", "metrics"}
+    about = {"seed", "sharpness", "processes", "unfrozen_forecast", "examples", "truncated", "baselines", "metrics"}
     reported = set(numbers({key: value for key, value in result.items() if key not in about}))
     assert reported - set(FIGURES) <= NO_METER | {"resources/traced_micro_steps", "resources/scaled_micro_steps"}
     assert set(FIGURES) - reported <= NO_METER

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from safe_lab.ablation.records import Record
 from safe_lab.run_folder import RunFolder
+
+# What froze when, and the metrics.
+_Training = tuple[list[tuple[int, list[str]]], Mapping[str, float]]
+_Value = TypeVar("_Value")
 
 
 def find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) -> list[str]:
@@ -36,23 +40,54 @@ def find_twins(by_variant: Mapping[str, Sequence[Record]]) -> list[str]:
 
     No number of seeds tells such variants apart: they differ in nothing that has had an effect.
     """
-    trainings = {
-        variant: {record.seed: found for record in records if (found := _training_of(record)) is not None}
-        for variant, records in by_variant.items()
-    }
+    trainings: dict[str, dict[int, _Training]] = {}
+    for variant, records in by_variant.items():
+        found = {record.seed: _training_of(record) for record in records}
+        trainings[variant] = {seed: training for seed, training in found.items() if training is not None}
     warnings = []
-    for one, other in itertools.combinations(trainings, 2):
-        shared = trainings[one].keys() & trainings[other].keys()
-        alike = sorted(seed for seed in shared if trainings[one][seed] == trainings[other][seed])
-        if alike:
-            where = "in every seed that both have" if len(alike) == len(shared) else f"in {_say_seeds(alike)}"
-            froze = any(trainings[one][seed][0] for seed in alike)
+    groups = _group(trainings, _are_alike)
+    for group in groups:
+        if len(group) > 1:
+            froze = any(events for variant in group for events, _ in trainings[variant].values())
             how = "the same units froze at the same steps" if froze else "nothing froze"
-            warnings.append(f"{one} and {other} are one training {where}: {how}, and all metrics are alike")
+            told = f"{_list(group)} are one training in every seed that they share"
+            warnings.append(f"{told}: {how}, and all metrics are alike")
+    # From here on the first of a group stands for all of it.
+    seeds_of: dict[tuple[str, ...], list[int]] = {}
+    for seed in sorted(set().union(*trainings.values())):
+        there = {group[0]: trainings[group[0]][seed] for group in groups if seed in trainings[group[0]]}
+        for alike in _group(there, operator.eq):
+            if len(alike) > 1:
+                seeds_of.setdefault(alike, []).append(seed)
+    if seeds_of:
+        told = "; ".join(f"{_list(group)} in {_say_seeds(seeds)}" for group, seeds in seeds_of.items())
+        warnings.append(f"one training in some seeds, by what froze when and all metrics: {told}")
     return warnings
 
 
-def _training_of(record: Record) -> tuple[Any, Any] | None:
+def _are_alike(one: Mapping[int, _Training], other: Mapping[int, _Training]) -> bool:
+    """Whether trainings are alike in every seed of both, of which there is one."""
+    shared = one.keys() & other.keys()
+    return bool(shared) and all(one[seed] == other[seed] for seed in shared)
+
+
+def _group(values: Mapping[str, _Value], is_alike: Callable[[_Value, _Value], bool]) -> list[tuple[str, ...]]:
+    """Names in their order, those with like values together."""
+    groups: list[list[str]] = []
+    for name, value in values.items():
+        group = next((group for group in groups if is_alike(values[group[0]], value)), None)
+        if group is None:
+            groups.append([name])
+        else:
+            group.append(name)
+    return [tuple(group) for group in groups]
+
+
+def _list(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _training_of(record: Record) -> _Training | None:
     """What froze when, and the metrics; None where that cannot be told."""
     if record.fault:
         return None

@@ -267,13 +267,20 @@ def judge(
     has_interval = found.method != "all alike" or (p_worse is not None and p_worse <= alpha / 2)
     if has_interval and worst > -rules.margin:
         how = f"worse ({said})" if is_told else _say_worst(worst)
-        against = (
-            "" if p_worse_corrected is None else f"; against that much, p = {p_worse_corrected:.2g} after correction"
-        )
+        against = ""
+        # Where it could have come to as little as the interval leaves on a side; else it would seem to contradict that.
+        if p_worse_corrected is not None and smallest_p_worse(found, num_comparisons) <= alpha / 2:
+            correction = " after correction" if num_comparisons > 1 else ""
+            against = f"; p = {p_worse_corrected:.2g} of being worse by that much{correction}"
         return Verdict.NO_WORSE, f"{how}, within the margin of {rules.margin:g}{against}"
     if is_told or (has_interval and best < -rules.margin):
         return Verdict.WORSE, said if is_told else f"the whole interval is beyond the margin of {rules.margin:g}"
     return Verdict.NOT_ENOUGH_SEEDS, _say_needed(found, worst, rules)
+
+
+def smallest_p_worse(found: Difference, num_comparisons: int) -> float:
+    """The smallest one-sided p against being worse by the margin that there can be after correction."""
+    return min(1.0, smallest_p(len(found.by_seed), "greater") * num_comparisons)
 
 
 def _has_margin(found: Difference, rules: Rules) -> bool:
@@ -293,7 +300,8 @@ def _say_needed(found: Difference, worst: float, rules: Rules) -> str:
     # The interval must come to no more than what is left between the mean and the margin.
     room = fmean(_above_margin(found, rules))
     if room <= 0:
-        return f"{said}; its mean is worse by more"
+        mean = -direction_of(rules.metric) * found.mean
+        return f"it may be {-worst:.3g} worse, its mean is {mean:.3g} worse, and {rules.margin:g} is the margin"
     needed = seeds_needed(list(found.terms.values()), room, rules.confidence)
     return f"{said}; some {needed} seeds of such a spread and mean might show" if needed else said
 

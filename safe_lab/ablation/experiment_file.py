@@ -193,7 +193,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, baseline: str | Non
     base = copy.deepcopy(settings.base) if isinstance(settings.base, dict) else read_tree(path.parent / settings.base)
     base = override_copy(base, settings.settings)
     base["name"] = settings.name
-    faults = override_all(base, overrides)
+    of_file, of_base = _split_overrides(overrides)
+    faults = [
+        f"{key}: it stands in the experiment file; here fields of its base are given, and name" for key in of_file
+    ]
+    faults += override_all(base, of_base)
     if isinstance(base["name"], str):
         settings = settings.model_copy(update={"name": base["name"]})
     faults += [f"base or settings: {fault}" for fault in configuration.find_faults(base)]
@@ -203,6 +207,16 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, baseline: str | Non
     for key in ("variant", "seed"):
         base.pop(key, None)
     return _check(settings.model_copy(update={"base": base, "settings": {}}), baseline)
+
+
+def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The keys among them that are the experiment's own, and the overrides of its base."""
+    own = ExperimentSection.model_fields.keys() - Config.model_fields.keys()
+    keys = [override.partition("=")[0].partition(".")[0] for override in overrides]
+    return (
+        [key for key in keys if key in own],
+        [override for key, override in zip(keys, overrides, strict=True) if key not in own],
+    )
 
 
 def check_experiment(tree: Mapping[str, Any]) -> Experiment:

@@ -129,6 +129,8 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             if (path / "config.yaml").is_file()
             else sorted(config.parent for config in path.glob("**/seed-*/config.yaml"))
         )
+        if not path.exists():
+            raise ConfigError(f"{path}: there is no such folder or file")
         if not runs:
             raise ConfigError(f"{path}: there is no run folder, here or below")
         found |= dict.fromkeys(run.resolve() for run in runs)

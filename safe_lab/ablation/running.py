@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from safe_lab.ablation.experiment_file import Experiment
-from safe_lab.ablation.records import find_change
+from safe_lab.ablation.records import find_change, read_record
 from safe_lab.child import read_warnings
+from safe_lab.config import Config
 from safe_lab.nursery import Nursery, Start, start_afresh
-from safe_lab.trainings import Evaluation, is_finished, log_of, remove_leftovers, train
+from safe_lab.trainings import Evaluation, find_other_run, is_finished, log_of, remove_leftovers, train
 
 
 class State(StrEnum):
@@ -49,6 +50,33 @@ class Progress:
 
 
 Show = Callable[[Progress], None]
+
+
+class Outlook(StrEnum):
+    """What is to become of a run."""
+
+    KEPT = "kept"
+    RESUMED = "resumed from its checkpoint"
+    BEGUN = "begun"
+    REDONE = "trained anew, the old one removed"
+    REFUSED = "refused"
+
+
+def foresee(experiment: Experiment) -> list[tuple[tuple[str, int], Outlook, str]]:
+    """What :func:`run_missing` would do: variant and seed of each run, what becomes of it, and why."""
+    return [(run, *_foresee(experiment.config_of(*run))) for run in experiment.runs]
+
+
+def _foresee(config: Config) -> tuple[Outlook, str]:
+    if is_finished(config):
+        return Outlook.KEPT, ""
+    changed = find_change(config.run_folder, config)
+    if changed:
+        return Outlook.REDONE, changed
+    fault = find_other_run(config)
+    if fault:
+        return Outlook.REFUSED, fault
+    return (Outlook.RESUMED if (config.run_folder / "config.yaml").exists() else Outlook.BEGUN), ""
 
 
 def run_missing(
@@ -100,7 +128,8 @@ class _Board:
         self._left: deque[tuple[str, int]] = deque()
         for run in experiment.runs:
             if is_finished(experiment.config_of(*run)):
-                self._set(run, state=State.KEPT)
+                found = read_record(experiment.config_of(*run).run_folder)
+                self._set(run, state=State.KEPT, latest=found.result.get("metrics", {}))
                 if not experiment.settings.keep_checkpoints:
                     # Of one that was killed right after its end.
                     remove_leftovers(experiment.config_of(*run))

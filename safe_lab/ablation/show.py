@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
-from safe_lab.ablation.comparison import Comparison, Row, Verdict
+from safe_lab.ablation.columns import Column, columns_of, tell, tell_test
+from safe_lab.ablation.comparison import Comparison, Verdict
 from safe_lab.ablation.experiment_file import Experiment
-from safe_lab.ablation.running import Progress, Show, State
-from safe_lab.ablation.words import describe_claims, describe_rules, difference_of, format_difference, format_interval
+from safe_lab.ablation.running import Outlook, Progress, Show, State, foresee
+from safe_lab.ablation.words import describe_claims, describe_rules
 from safe_lab.figures import format_figure
 
+_ENDLESS = 10_000
 _NUMBER = re.compile(r"[-+]?\d[\d.e+-]*")
 
 
@@ -47,11 +54,12 @@ def live(experiment: Experiment, console: Console) -> Iterator[Show]:
 
         yield tell
         return
+    began = time.monotonic()
     with Live(_board(experiment, runs), console=console, refresh_per_second=4) as table:
 
         def update(progress: Progress) -> None:
             runs[progress.variant, progress.seed] = progress
-            table.update(_board(experiment, runs))
+            table.update(_board(experiment, runs, _say_left(runs.values(), time.monotonic() - began)))
             warn(progress)
             if progress.note and progress.state in (State.RUNNING, State.FAILED):
                 _say(console, _describe(progress, experiment, runs.values()))
@@ -60,19 +68,17 @@ def live(experiment: Experiment, console: Console) -> Iterator[Show]:
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """What came out: each variant with its metric, its costs, and what can be said."""
-    rules = comparison.rules
-    figures = [figure for figure in rules.figures if any(figure in row.cells for row in comparison.rows)]
-    table = Table("variant", title=f"against {escape(comparison.baseline)}", title_justify="left")
-    table.add_column(rules.metric.replace("/", "\n"), justify="right")
-    table.add_column("difference\n(interval)", justify="right")
-    table.add_column("p\ncorrected", justify="right")
-    for figure in figures:
-        table.add_column(figure.removeprefix("resources/").replace("_bytes", "").replace("_", "\n"), justify="right")
-    table.add_column("", ratio=1)
+    """What came out: each variant with its metric, its costs, and what can be said; columns that do not fit are left out."""
+    columns = columns_of(comparison)
+    num_shown = len(columns)
+    while num_shown > 1 and _width(_table(comparison, columns[:num_shown]), console) > console.width:
+        num_shown -= 1
+    console.print(_table(comparison, columns[:num_shown]))
+    if num_shown < len(columns):
+        _say(console, f"Not shown here: {', '.join(column.name for column in columns[num_shown:])}.")
     for row in comparison.rows:
-        table.add_row(*_cells(row, comparison, figures))
-    console.print(table)
+        if row.verdict != Verdict.BASELINE:
+            _say(console, f"{row.variant}: {row.verdict}" + (f" ({row.reason})" if row.reason else ""))
     for row in comparison.rows:
         for seed, fault in row.faults.items():
             _say(console, f"{row.variant}, seed {seed}, is not in it: {' '.join(fault.splitlines()[:2])}")
@@ -83,32 +89,63 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     _say(console, describe_rules(comparison))
 
 
-def _cells(row: Row, comparison: Comparison, figures: Sequence[str]) -> list[str]:
-    metric = comparison.rules.metric
-    cell, found = row.cells.get(metric), difference_of(row, metric)
-    shown = [escape(row.variant)]
-    if cell is None:
-        shown.append("")
-    else:
-        around = "" if cell.spread is None else f" \N{PLUS-MINUS SIGN} {format_figure(metric, cell.spread)}"
-        shown.append(f"{format_figure(metric, cell.mean)}{around}")
-    shown.append(
-        "" if found is None else f"{format_difference(metric, found)}\n{format_interval(metric, found)}".strip()
+def _width(table: Table, console: Console) -> int:
+    """That of a table of which nothing is cut."""
+    return Measurement.get(console, console.options.update(width=_ENDLESS), table).maximum
+
+
+def _table(comparison: Comparison, columns: Sequence[Column]) -> Table:
+    table = Table(
+        "variant", title=f"against {escape(comparison.baseline)}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
     )
-    p = "" if found is None or found.p_corrected is None else f"{found.p_corrected:.2g}"
-    shown.append(p if found is None or found.effect_size is None else f"{p}\ng = {found.effect_size:.2f}")
-    for figure in figures:
-        cell, found = row.cells.get(figure), difference_of(row, figure)
-        value = "" if cell is None else format_figure(figure, cell.mean)
-        shown.append(
-            f"{value}\n{format_difference(figure, found)}" if found is not None and found.is_relative else value
-        )
-    said = "" if row.verdict == Verdict.BASELINE else f"{row.verdict}: {row.reason}"
-    return [*shown, escape(said)]
+    for i, column in enumerate(columns):
+        table.add_column(column.heading.replace(", ", "\n").replace(" ", "\n"), justify="right", no_wrap=True)
+        if i == 0:
+            table.add_column("p\ncorrected", justify="right", no_wrap=True)
+    for row in comparison.rows:
+        shown = [escape(row.variant)]
+        for i, column in enumerate(columns):
+            told = tell(comparison, row, column)
+            # Of the metric everything, of the others what can be taken in at a glance.
+            first = f"{told.value} {told.spread}".strip() if i == 0 else told.value
+            shown.append("\n".join(filter(None, (first, told.difference, told.interval if i == 0 else ""))))
+            if i == 0:
+                shown.append("\n".join(filter(None, tell_test(comparison, row))))
+        table.add_row(*shown)
+    return table
 
 
-def _board(experiment: Experiment, runs: dict[tuple[str, int], Progress]) -> Table:
-    table = Table("variant", title=f"{escape(experiment.name)}: {escape(experiment.metric)}", title_justify="left")
+def print_outlook(experiment: Experiment, console: Console) -> None:
+    """What training the experiment would do: how many runs are kept, and which are not."""
+    outlook = foresee(experiment)
+    for (variant, seed), what, why in outlook:
+        if what != Outlook.KEPT:
+            _say(console, f"{variant}, seed {seed}: {what}" + (f": {why}" if why else ""))
+    numbers = Counter(what for _, what, _ in outlook)
+    _say(
+        console,
+        f"{len(outlook)} runs in {experiment.folder}: " + ", ".join(f"{n} {what}" for what, n in numbers.items()),
+    )
+    others = sorted(
+        str(path.relative_to(experiment.folder))
+        for path in experiment.folder.glob("*/seed-*/")
+        if (path.parent.name, path.name) not in {(variant, f"seed-{seed}") for variant, seed in experiment.runs}
+    )
+    if others:
+        _say(console, f"left alone, as the file does not name them: {', '.join(others)}")
+
+
+def _say_left(runs: Iterable[Progress], seconds: float) -> str:
+    """About how long it takes yet, at the pace so far; empty as long as nothing tells."""
+    states = Counter(run.state for run in runs)
+    ended = states[State.FINISHED] + states[State.FAILED]
+    left = states[State.WAITING] + states[State.RUNNING]
+    return f", some {math.ceil(seconds / ended * left / 60)} min left" if ended and left else ""
+
+
+def _board(experiment: Experiment, runs: dict[tuple[str, int], Progress], left: str = "") -> Table:
+    title = f"{escape(experiment.name)}: {escape(experiment.metric)}{left}"
+    table = Table("variant", title=title, title_justify="left")
     for seed in experiment.seeds:
         table.add_column(f"seed {seed}", justify="right")
     for variant in experiment.variants:
@@ -134,9 +171,7 @@ def _describe(progress: Progress, experiment: Experiment, runs: Sequence[Progres
         return f"{name} begins" + (f", as {progress.note}" if progress.note else "")
     if progress.state == State.FAILED:
         return f"{name} failed: {' '.join(progress.note.splitlines()[:2])}"
-    if progress.state == State.KEPT:
-        return f"{name} was there"
-    return f"{name} finished" + (
+    return f"{name} {'was there' if progress.state == State.KEPT else 'finished'}" + (
         "" if latest is None else f": {experiment.metric} {format_figure(experiment.metric, latest)}"
     )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from safe_lab.ablation.comparison import Comparison, Difference, Row, Verdict
+from safe_lab.ablation.comparison import Comparison, Difference, Row, Verdict, smallest_p_worse
 from safe_lab.figures import differs_by_factor, format_figure
 
 _MINUS = "\N{MINUS SIGN}"
+_PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 # What is said of a variant's costs, where it is known.
 _COSTS = {
     "resources/memory_peak_bytes": "peak memory",
@@ -82,6 +83,8 @@ def describe_rules(comparison: Comparison) -> str:
     num_others = len([found for found in differences if found.p is not None])
     methods = sorted({found.method for found in differences if found.method and found.method != "all alike"})
     said = [f"Differences are to {comparison.baseline}, paired by seed."]
+    if most > 1:
+        said.insert(0, f"{_PLUS_MINUS} is the standard deviation over the seeds.")
     if methods:
         said.append(
             f"Intervals ({' and '.join(methods)}) hold the true mean in {rules.confidence:.0%} of cases, each by itself."
@@ -103,6 +106,12 @@ def describe_rules(comparison: Comparison) -> str:
                 f", so that of {num_others} variants worse by just that one or more may be called so in {chance:.0%} of cases"
             )
         said[-1] += "."
+        if most > 1:
+            floor = max(smallest_p_worse(found, num_others) for found in differences if found.p is not None)
+            if floor > (1 - rules.confidence) / 2:
+                said.append(
+                    f"A test of that, corrected, is not told: with so few seeds its p cannot come below {floor:.2g}."
+                )
     return " ".join(said)
 
 
@@ -128,12 +137,22 @@ def format_interval(figure: str, found: Difference) -> str:
     return f"{_signed(figure, found.low, found.is_relative)} to {_signed(figure, found.high, found.is_relative)}"
 
 
+def format_share(value: float) -> str:
+    """A difference as a share of the baseline's figure.
+
+    >>> format_share(-0.25)
+    '\N{MINUS SIGN}25.0 %'
+    """
+    return signed(value, f"{abs(value):.1%}".replace("%", " %"))
+
+
+def signed(value: float, amount: str) -> str:
+    """An amount that was written without the sign of its value, with it."""
+    return f"{'+' if value > 0 else _MINUS if value < 0 else ''}{amount}"
+
+
 def _signed(figure: str, value: float, is_relative: bool) -> str:
     if is_relative:
-        amount = f"{abs(value):.1%}".replace("%", " %")
-    elif abs(value) < 1:
-        # Of a share, or a loss: its fourth figure tells nothing at any number of rows that is evaluated.
-        amount = f"{abs(value):.4f}"
-    else:
-        amount = format_figure(figure, abs(value))
-    return f"{'+' if value > 0 else _MINUS if value < 0 else ''}{amount}"
+        return format_share(value)
+    # Of a share, or a loss, the fourth figure tells nothing at any number of rows that is evaluated.
+    return signed(value, f"{abs(value):.4f}" if abs(value) < 1 else format_figure(figure, abs(value)))

@@ -20,6 +20,9 @@ def ablate(arguments: Sequence[str]) -> int:
     add_config(parser)
     parser.add_argument("--baseline", metavar="VARIANT", help="hold the others against this one, instead of the file's")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trainings at a time on this machine")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tell which runs would be kept, begun, or trained anew, and train none"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, to standard output")
     chosen = parser.parse_intermixed_args(arguments)
     check_config_given(parser, chosen)
@@ -37,6 +40,9 @@ def ablate(arguments: Sequence[str]) -> int:
     errors = Console(stderr=True)
     try:
         experiment = ablation.load(chosen.config, chosen.overrides, baseline=chosen.baseline)
+        if chosen.dry_run:
+            show.print_outlook(experiment, wide_console())
+            return 0
         with show.live(experiment, errors) as tell:
             comparison = ablation.run(experiment, workers=chosen.workers, show=tell)
     except ConfigError as error:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safe_lab.ablation import Comparison
+from safe_lab.ablation.comparison import Cell
 from safe_lab.ablation.records import Record
 from safe_lab.figures import direction_of
 from safe_lab.policy import POLICIES
@@ -35,6 +36,8 @@ _MOST_IN_CHART = 6000
 _MOST_IN_LINE = 400
 _MOST_SCORINGS = 60
 _MOST_LINES = 60
+# Of a chart, about what a variant's name takes up.
+_LABEL_WIDTH, _LABEL_HEIGHT = 0.2, 0.08
 _SCORING = ("scoring", "epoch", "depth", "unit", "normalized_score", "threshold", "frozen")
 _Value = TypeVar("_Value")
 
@@ -87,7 +90,9 @@ def draw_trade_off(comparison: Comparison, styles: Mapping[str, Style]) -> Chart
     if not rows:
         return None
     figure = go.Figure()
-    points = []
+    points: list[tuple[float, float]] = []
+    labelled: list[tuple[float, float]] = []
+    width, height = (_extent(row.cells[name] for row in rows) for name in (_MEMORY, metric))
     for row in rows:
         y, x = row.cells[metric], row.cells[_MEMORY]
         style = {"color": styles[row.variant].colour, "symbol": styles[row.variant].symbol}
@@ -102,10 +107,16 @@ def draw_trade_off(comparison: Comparison, styles: Mapping[str, Style]) -> Chart
             text=[f"{row.variant}, seed {seed}" for seed in seeds],
             hovertemplate="%{text}: %{y:.4g}, %{x:.4g} MiB<extra></extra>",
         )
+        # A name that would stand on another is left to the legend.
+        is_free = all(
+            abs(x.mean - a) > _LABEL_WIDTH * width or abs(y.mean - b) > _LABEL_HEIGHT * height for a, b in labelled
+        )
+        if is_free:
+            labelled.append((x.mean, y.mean))
         figure.add_scatter(
             x=[x.mean / _MIB],
             y=[y.mean],
-            mode="markers+text",
+            mode="markers+text" if is_free else "markers",
             marker=style | {"size": 12},
             text=[row.variant],
             textposition="top center",
@@ -127,6 +138,12 @@ def draw_trade_off(comparison: Comparison, styles: Mapping[str, Style]) -> Chart
     figure.update_layout(xaxis_title="mean live bytes, MiB", yaxis_title=metric)
     note = "Large: means of variants, with standard deviations over the seeds; small: their seeds. Up and to the left is better."
     return Chart(f"{metric} against memory", note if sign > 0 else note.replace("Up", "Down"), figure)
+
+
+def _extent(cells: Iterable[Cell]) -> float:
+    """From the least to the largest value of any seed."""
+    values = [value for cell in cells for value in cell.by_seed.values()]
+    return max(values) - min(values)
 
 
 def draw_learning_curves(records: Sequence[Record], metric: str, styles: Mapping[str, Style]) -> Chart | None:
@@ -183,8 +200,20 @@ def draw_costs(record: Record) -> Iterator[Chart]:
     rows = read_rows(record, "metrics.jsonl", ("epoch",))
     logged = [row for row in rows if "resources/wall_seconds" in row]
     if logged:
+        end = _last_row(record)
         for prefix, suffix, heading, scale in _STACKS:
-            yield _draw_stack(logged, prefix, suffix, heading, scale)
+            # What adds up begins with nothing, and ends after the last step.
+            ends = [end] if any(key.startswith(prefix) for key in end) else []
+            yield _draw_stack([*([{"epoch": 0.0}] if ends else []), *logged, *ends], prefix, suffix, heading, scale)
+
+
+def _last_row(record: Record) -> dict[str, Any]:
+    """What adds up over a run, at its very end, by the names of metrics.jsonl."""
+    cost = record.result["resources"]
+    by_kind = {"flops": cost["flops_by_phase"], "seconds": cost["seconds"]}
+    return {"epoch": float(record.result["epochs"])} | {
+        f"resources/{what}/{kind}": value for what, amounts in by_kind.items() for kind, value in amounts.items()
+    }
 
 
 def read_rows(record: Record, file: str, needed: Sequence[str]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from safe_lab import yaml_core
 from safe_lab.ablation import Comparison, Verdict
+from safe_lab.ablation.columns import Column, columns_of, tell, tell_test
 from safe_lab.ablation.comparison import Row
 from safe_lab.ablation.records import Record
 from safe_lab.ablation.words import describe, describe_claims, describe_rules
@@ -26,7 +27,7 @@ from safe_lab.report.charts import (
 )
 from safe_lab.report.curvature import draw_slices, draw_spectra
 from safe_lab.report.source import Source
-from safe_lab.report.tables import figures_of, find_best, format_cell, format_test, short_name, warnings_of
+from safe_lab.report.tables import BEST, find_best, warnings_of
 
 _GOOD = (Verdict.BETTER, Verdict.NO_WORSE)
 _BAD = (Verdict.WORSE, Verdict.NO_RUNS)
@@ -87,13 +88,14 @@ def _sections(source: Source, figures: _Figures) -> Iterator[str]:
     num_runs = sum(not record.fault for record in source.records)
     yield f"<h1>{_escape(source.name)}</h1>"
     yield f'<p class="note">{num_runs} runs, {len(comparison.rows)} variants; written {time.strftime("%Y-%m-%d %H:%M")}</p>'
+    yield f'<p class="note">{_escape(_describe_training(source))}</p>'
     yield _verdicts(comparison)
     faults = warnings_of(comparison)
     if faults:
         yield f'<ul class="warnings">{"".join(f"<li>{_escape(fault)}</li>" for fault in faults)}</ul>'
     yield "<h2>Variants</h2>"
     yield _table(comparison)
-    yield f'<p class="rules">{_escape(describe_rules(comparison))}</p>'
+    yield f'<p class="rules">{_escape(describe_rules(comparison))} {_escape(BEST)}</p>'
     claims = [f"<li>{_escape(line)}</li>" for line in describe_claims(comparison)]
     if claims:
         yield f"<h2>What was claimed</h2><ul>{''.join(claims)}</ul>"
@@ -119,49 +121,78 @@ def _sections(source: Source, figures: _Figures) -> Iterator[str]:
     yield from _origin(source)
 
 
+def _describe_training(source: Source) -> str:
+    """What was trained, by the first run of the baseline that can be read."""
+    records = [record for record in source.records if record.variant == source.comparison.baseline]
+    record = next((record for record in sorted(records, key=lambda one: bool(one.fault)) if record.config), None)
+    if record is None or record.config is None:
+        return ""
+    config = record.config
+    examples = record.result.get("examples")
+    numbers = [f"{num:,} of {split}" for split, num in examples.items()] if isinstance(examples, dict) else []
+    rank = "" if config.adapter.rank is None else f" of rank {config.adapter.rank}"
+    epochs = f"{config.training.epochs} epoch{'s' if config.training.epochs > 1 else ''}"
+    told = f"{config.data.task} of {config.data.path or 'its own data'}"
+    if numbers:
+        told += f" (examples: {', '.join(numbers)})"
+    return f"Trained, by the baseline's configuration: {told}, {config.model.path} with {config.adapter.method}{rank}, {epochs}."
+
+
 def _verdicts(comparison: Comparison) -> str:
     verdicts = {row.variant: row.verdict for row in comparison.rows}
     items = []
     for variant, sentence in describe(comparison):
         kind = "good" if verdicts[variant] in _GOOD else "bad" if verdicts[variant] in _BAD else "unsure"
-        items.append(f'<li class="{kind}"><strong>{_escape(variant)}</strong>: {_escape(sentence)}</li>')
+        items.append(
+            f'<li class="{kind}"><strong>{_escape(variant)}</strong>: {_escape(sentence).replace(" %", "&nbsp;%")}</li>'
+        )
     return f'<ul class="verdicts">{"".join(items)}</ul>'
 
 
 def _table(comparison: Comparison) -> str:
-    figures = figures_of(comparison)
-    names = ("variant", "verdict")
+    columns = columns_of(comparison)
+    # The metric stands first, unless no run has it.
+    num_first = int(bool(columns) and columns[0].figure == comparison.rules.metric)
+    first, others = columns[:num_first], columns[num_first:]
     headings = [
-        *(_heading(name, "text") for name in names),
-        _heading("p"),
-        *(_heading(short_name(figure)) for figure in figures),
+        _heading("variant", kind="text"),
+        *(_heading(column.name, column.unit_told) for column in first),
+        _heading("verdict", kind="text"),
+        _heading("p", "effect"),
+        *(_heading(column.name, column.unit_told) for column in others),
     ]
-    rows = "".join(_table_row(row, comparison, figures) for row in comparison.rows)
+    rows = "".join(_table_row(row, comparison, first, others) for row in comparison.rows)
     return (
         f'<div class="scroll"><table class="sortable"><thead><tr>{"".join(headings)}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
 
-def _heading(name: str, kind: str = "") -> str:
-    return f'<th scope="col" class="{kind}"><button type="button">{_escape(name)}</button></th>'
+def _heading(name: str, below: str = "", *, kind: str = "") -> str:
+    small = f"<small>{_escape(below)}</small>" if below else ""
+    return f'<th scope="col" class="{kind}"><button type="button">{_escape(name)}</button>{small}</th>'
 
 
-def _table_row(row: Row, comparison: Comparison, figures: Sequence[str]) -> str:
-    cells = [
-        f'<td data-value="{_escape(row.variant)}">{_escape(row.variant)}</td>',
-        f'<td class="text" data-value="{_escape(row.verdict)}">{_escape(row.verdict)}</td>',
-    ]
-    p, effect = format_test(comparison, row)
-    cells.append(f'<td data-value="{p}">{p}<small>{_escape(effect)}</small></td>')
-    for figure in figures:
-        cell = row.cells.get(figure)
-        value, difference = format_cell(comparison, row, figure)
-        best = ' class="best"' if find_best(comparison, figure) == row.variant else ""
-        below = f"<small>{_escape(difference)}</small>" if difference else ""
-        number = "" if cell is None else repr(cell.mean)
-        cells.append(f'<td{best} data-value="{number}">{_escape(value)}{below}</td>')
-    return f"<tr>{''.join(cells)}</tr>"
+def _table_row(row: Row, comparison: Comparison, first: Sequence[Column], others: Sequence[Column]) -> str:
+    p, effect = tell_test(comparison, row)
+    return "".join(
+        (
+            f'<tr><td data-value="{_escape(row.variant)}">{_escape(row.variant)}</td>',
+            *(_cell(row, comparison, column) for column in first),
+            f'<td class="text" data-value="{_escape(row.verdict)}">{_escape(row.verdict)}</td>',
+            f'<td data-value="{p}">{p}<small>{_escape(effect)}</small></td>',
+            *(_cell(row, comparison, column) for column in others),
+            "</tr>",
+        )
+    )
+
+
+def _cell(row: Row, comparison: Comparison, column: Column) -> str:
+    cell, told = row.cells.get(column.figure), tell(comparison, row, column)
+    best = ' class="best"' if find_best(comparison, column.figure) == row.variant else ""
+    number = "" if cell is None else repr(cell.mean)
+    below = "".join(f"<small>{_escape(line)}</small>" for line in told[1:] if line)
+    return f'<td{best} data-value="{number}">{_escape(told.value)}{below}</td>'
 
 
 def _runs(records: Iterable[Record], figures: _Figures) -> Iterator[str]:

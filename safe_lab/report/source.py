@@ -47,7 +47,12 @@ class _Part:
 
 
 def read_source(
-    paths: Sequence[Path], *, baseline: str | None = None, metric: str | None = None, margin: float | None = None
+    paths: Sequence[Path],
+    *,
+    baseline: str | None = None,
+    metric: str | None = None,
+    figures: Sequence[str] | None = None,
+    margin: float | None = None,
 ) -> Source:
     """Read run folders, or the folders or files of experiments.
 
@@ -55,6 +60,7 @@ def read_source(
         paths: Run folders, folders of experiments, their YAML files, or folders above them.
         baseline: Variant that the others are held against, instead of the experiment's, or of the first.
         metric: Figure that says how good a run is, instead of the experiment's or the task's own.
+        figures: Those that are compared beside it, instead of the experiment's or all that runs have.
         margin: Of non-inferiority, instead of the experiment's.
 
     Raises:
@@ -78,14 +84,21 @@ def read_source(
         # What is claimed is of differences to the experiment's own.
         rules = replace(rules, claims=())
     if metric is not None and metric != rules.metric:
-        _check_metric(metric, records)
+        _check_figure(metric, records)
         # A margin is of one metric.
         rules = replace(rules, metric=metric, figures=(rules.metric, *rules.figures), margin=None)
-    figures = tuple(figure for figure in rules.figures if figure != rules.metric)
-    rules = replace(rules, figures=figures, margin=rules.margin if margin is None else margin)
+    for figure in figures or ():
+        _check_figure(figure, records)
+    beside = tuple(figure for figure in dict.fromkeys(figures or rules.figures) if figure != rules.metric)
+    rules = replace(rules, figures=beside, margin=rules.margin if margin is None else margin)
     check_rules(rules)
     names = [experiment.name] if experiment is not None else [_home(part).name for part in parts]
-    again = {"--baseline": baseline, "--metric": metric, "--margin": margin}
+    again = {
+        "--baseline": baseline,
+        "--metric": metric,
+        "--figures": ",".join(figures) if figures else None,
+        "--margin": margin,
+    }
     options = [text for option, value in again.items() if value is not None for text in (option, str(value))]
     report = shlex.join(["safe-lab", "report", *map(str, paths), *options, "--output", "report.html"])
     return Source(
@@ -187,24 +200,24 @@ def _name_apart(parts: Sequence[_Part]) -> list[Record]:
     return list(records.values())
 
 
-def _check_metric(metric: str, records: Sequence[Record]) -> None:
+def _check_figure(figure: str, records: Sequence[Record]) -> None:
     """Whether some run has a figure, other than of a test split.
 
     Raises:
         ConfigError: None has.
     """
     there = [record for record in records if not record.fault]
-    has_it = any(record.figure(metric) is not None for record in there)
-    if has_it and not metric.startswith("test"):
+    has_it = any(record.figure(figure) is not None for record in there)
+    if has_it and not figure.startswith("test"):
         return
     config = next((record.config for record in records if record.config is not None), None)
     try:
         if config is not None:
-            check_figure(metric, config)
+            check_figure(figure, config)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if there:
-        raise ConfigError(f"{metric!r}: no run has this figure")
+        raise ConfigError(f"{figure!r}: no run has this figure")
 
 
 def _check_alike(records: Sequence[Record]) -> None:

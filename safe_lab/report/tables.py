@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from safe_lab.ablation import Comparison, Verdict
+from safe_lab.ablation.columns import Told, columns_of, tell, tell_test
 from safe_lab.ablation.comparison import Row
-from safe_lab.ablation.words import describe_claims, describe_rules, difference_of, format_difference, format_interval
-from safe_lab.figures import direction_of, format_figure
+from safe_lab.ablation.words import describe_claims, describe_rules
+from safe_lab.figures import direction_of
 
+BEST = "Bold: the best mean over the seeds that all variants have, whether or not it can be told from the others."
 _MINUS = "\N{MINUS SIGN}"
 _LATEX = str.maketrans(
     {
@@ -31,12 +33,6 @@ _LATEX = str.maketrans(
 )
 
 
-def figures_of(comparison: Comparison) -> list[str]:
-    """The figures that some run has, the metric first."""
-    rules = comparison.rules
-    return [figure for figure in (rules.metric, *rules.figures) if any(figure in row.cells for row in comparison.rows)]
-
-
 def find_best(comparison: Comparison, figure: str) -> str | None:
     """The variant with the best mean of a figure over the seeds that all have.
 
@@ -51,52 +47,20 @@ def find_best(comparison: Comparison, figure: str) -> str | None:
     return max(means, key=lambda variant: sign * means[variant])
 
 
-def short_name(figure: str) -> str:
-    """A figure's name as a heading."""
-    return figure.removeprefix("resources/").removesuffix("_bytes").replace("_", " ").replace("/", " ")
-
-
-def format_cell(comparison: Comparison, row: Row, figure: str) -> tuple[str, str]:
-    """A variant's figure with its spread, and its difference to the baseline with its interval; empty where there is none.
-
-    Where runs are missing, the number of those it is of stands beside it.
-    """
-    cell, found = row.cells.get(figure), difference_of(row, figure)
-    if cell is None:
-        return "", ""
-    value = format_figure(figure, cell.mean)
-    if cell.spread is not None:
-        value += f" \N{PLUS-MINUS SIGN} {format_figure(figure, cell.spread)}"
-    if len({len(other.cells[figure].by_seed) for other in comparison.rows if figure in other.cells}) > 1:
-        value += f" (n = {len(cell.by_seed)})"
-    if found is None:
-        return value, ""
-    interval = format_interval(figure, found)
-    return value, format_difference(figure, found) + (f" ({interval})" if interval else "")
-
-
-def format_test(comparison: Comparison, row: Row) -> tuple[str, str]:
-    """Of a variant's metric: p after correction, and the size of the effect; empty where there is none."""
-    found = difference_of(row, comparison.rules.metric)
-    p = "" if found is None or found.p_corrected is None else f"{found.p_corrected:.2g}"
-    effect = "" if found is None or found.effect_size is None else f"g = {found.effect_size:.2f}"
-    return p, effect.replace("-", _MINUS)
-
-
 def to_markdown(comparison: Comparison) -> str:
     """A table for a README."""
-    figures = figures_of(comparison)
+    columns = columns_of(comparison)
     lines = [
-        ["variant", *(short_name(figure) for figure in figures), "p", "verdict"],
-        ["---", *("---:" for _ in figures), "---:", "---"],
+        ["variant", *(column.heading for column in columns), "p<br>effect", "verdict"],
+        ["---", *("---:" for _ in columns), "---:", "---"],
     ]
     for row in comparison.rows:
         cells = []
-        for figure in figures:
-            value, difference = format_cell(comparison, row, figure)
-            shown = f"**{value}**" if value and find_best(comparison, figure) == row.variant else value
+        for column in columns:
+            value, difference = _lines_of(tell(comparison, row, column))
+            shown = f"**{value}**" if value and find_best(comparison, column.figure) == row.variant else value
             cells.append(f"{shown}<br>{difference}" if difference else shown)
-        lines.append([row.variant, *cells, "<br>".join(filter(None, format_test(comparison, row))), _verdict(row)])
+        lines.append([row.variant, *cells, "<br>".join(filter(None, tell_test(comparison, row))), _verdict(row)])
     table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
     notes = "".join(f"- {' '.join(note.split())}\n" for note in notes_of(comparison))
     return f"{table}\n{notes}" if notes else table
@@ -145,27 +109,39 @@ def to_csv(comparison: Comparison) -> str:
 
 def to_latex(comparison: Comparison) -> str:
     """A table for a paper (package booktabs): the best in bold, intervals below in small print."""
-    figures = figures_of(comparison)
+    columns = columns_of(comparison)
+    units = [rf"{{\scriptsize {_escape(column.unit_told)}}}" if column.unit_told else "" for column in columns]
     lines = [
-        rf"\begin{{tabular}}{{l{'r' * len(figures)}r}}",
+        rf"\begin{{tabular}}{{l{'r' * len(columns)}rl}}",
         r"\toprule",
-        " & ".join(["variant", *(_escape(short_name(figure)) for figure in figures), "$p$"]) + r" \\",
+        " & ".join(["variant", *(_escape(column.name) for column in columns), "$p$", "verdict"]) + r" \\",
+        " & ".join(["", *units, r"{\scriptsize effect}", ""]) + r" \\",
         r"\midrule",
     ]
     for row in comparison.rows:
         values, differences = [], []
-        for figure in figures:
-            value, difference = (_escape(part) for part in format_cell(comparison, row, figure))
-            values.append(rf"\textbf{{{value}}}" if value and find_best(comparison, figure) == row.variant else value)
-            differences.append(rf"{{\scriptsize {difference}}}" if difference else "")
-        p, effect = (_escape(part) for part in format_test(comparison, row))
-        values.append(p)
-        differences.append(rf"{{\scriptsize {effect}}}" if effect else "")
-        lines.append(" & ".join([_escape(row.variant), *values]) + r" \\")
-        if any(differences):
-            lines.append(" & ".join(["", *differences]) + r" \\")
+        for column in columns:
+            value, difference = map(_escape, _lines_of(tell(comparison, row, column)))
+            is_best = value and find_best(comparison, column.figure) == row.variant
+            values.append(rf"\textbf{{{value}}}" if is_best else value)
+            differences.append(_small(difference))
+        p, effect = map(_escape, tell_test(comparison, row))
+        verdict = "" if row.verdict == Verdict.BASELINE else _escape(row.verdict)
+        lines.append(" & ".join([_escape(row.variant), *values, p, verdict]) + r" \\")
+        if any((*differences, effect)):
+            lines.append(" & ".join(["", *differences, _small(effect), ""]) + r" \\")
     notes = [f"% {' '.join(note.split())}" for note in notes_of(comparison)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, ""])
+
+
+def _lines_of(told: Told) -> tuple[str, str]:
+    """A cell in two lines: the value with its spread, and the difference with its interval."""
+    difference = f"{told.difference} ({told.interval})" if told.interval else told.difference
+    return f"{told.value} {told.spread}".strip(), difference
+
+
+def _small(text: str) -> str:
+    return rf"{{\scriptsize {text}}}" if text else ""
 
 
 def _verdict(row: Row) -> str:
@@ -189,7 +165,7 @@ def warnings_of(comparison: Comparison) -> Sequence[str]:
 def notes_of(comparison: Comparison) -> Sequence[str]:
     """What stands below a table: how it is to be read, what was claimed, and what stands against taking it at its word."""
     return [
-        describe_rules(comparison),
+        f"{describe_rules(comparison)} {BEST}",
         *describe_claims(comparison),
         *warnings_of(comparison),
     ]

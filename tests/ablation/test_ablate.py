@@ -90,18 +90,27 @@ def test_an_experiment_trains_what_is_missing_and_keeps_the_rest(ablation):
     assert ablation.ended_at() == before
     assert said.count("was there") == 4
     assert "not enough" in printed
+    assert re.search(r"cka, seed 1 \(4/4\) was there: validation/accuracy 0\.\d+", said)
     # One more variant, one that has changed, one seed more: the others are left alone.
     variants = {
         "none": {"freezing.policy": "none"},
         "cka": {"freezing.curve": "linear"},
         "all": {"freezing.policy": "all"},
     }
+    told, _ = ablation.run("--dry-run", variants=variants, seeds=[0, 1, 2])
+    assert "\n9 runs in " in told
+    assert ": 2 kept, 2 trained anew, the old one removed, 5 begun\n" in told
+    assert "cka, seed 0: trained anew, the old one removed: it is of another configuration: " in told
+    assert ablation.ended_at() == before
     _, said = ablation.run(variants=variants, seeds=[0, 1, 2])
     after = ablation.ended_at()
     assert len(after) == 9
     assert {run for run in before if after[run] == before[run]} == {("none", "seed-0"), ("none", "seed-1")}
     assert "cka, seed 0 (2/9) begins, as it is of another configuration: " in said
     assert "freezing.curve: cubic there, linear here" in said
+    told, _ = ablation.run("--dry-run", variants={"all": {"freezing.policy": "all"}}, seeds=[0, 1, 2])
+    assert told.startswith("3 runs in ") and ": 3 kept\n" in told
+    assert "the file does not name them: cka/seed-0, cka/seed-1, cka/seed-2, none/seed-0," in told
 
 
 def test_what_runs_warn_of_is_told_once_a_variant(ablation):
@@ -207,6 +216,8 @@ def test_a_run_that_cannot_be_read_is_not_removed(ablation):
     ablation.run(seeds=1)
     folder = ablation.folder / "cka" / "seed-0"
     (folder / "config.yaml").write_text("freezing: {policy: of-the-future}")
+    told, _ = ablation.run("--dry-run", seeds=1)
+    assert "cka, seed 0: refused: " in told
     printed, said = ablation.run(seeds=1)
     assert "cka, seed 0 (2/2) failed: " in said
     assert (folder / "adapter").exists()

@@ -6,12 +6,14 @@ import json
 import shutil
 
 import pytest
+from rich.console import Console
 
 from safe_lab import config as configuration
 from safe_lab import yaml_core
+from safe_lab.ablation.show import print_comparison
 from safe_lab.cli import main
 from safe_lab.report import read_source, to_csv, to_latex, to_markdown, write_page
-from safe_lab.report.charts import choose_styles
+from safe_lab.report.charts import choose_styles, draw_costs
 from safe_lab.report.tables import find_best
 from safe_lab.section import ConfigError
 
@@ -107,7 +109,7 @@ def test_baseline_metric_and_margin_may_be_chosen(experiment):
 
 
 def test_what_cannot_be_compared_is_told(copy, tmp_path):
-    with pytest.raises(ConfigError, match="there is no run folder"):
+    with pytest.raises(ConfigError, match="there is no such folder"):
         read_source([tmp_path / "nowhere"])
     config = copy / "none" / "seed-0" / "config.yaml"
     tree = yaml_core.parse(config.read_text())
@@ -260,14 +262,14 @@ def test_means_of_other_seeds_are_told_as_such_and_the_best_is_of_the_same(copy)
     comparison = read_source([copy]).comparison
     assert find_best(comparison, "validation/accuracy") == "cka"
     table = to_markdown(comparison)
-    assert "0.7 \N{PLUS-MINUS SIGN} 0.2828 (n = 2)" in table
-    assert "0.55 (n = 1)" in table
+    assert "0.7000 \N{PLUS-MINUS SIGN} 0.2828 (n = 2)" in table
+    assert "0.5500 (n = 1)" in table
 
 
 def test_tables_hold_each_variants_figures(experiment):
     comparison = read_source([experiment]).comparison
     markdown = to_markdown(comparison)
-    assert markdown.splitlines()[0].startswith("| variant | validation accuracy | memory peak |")
+    assert markdown.splitlines()[0].startswith("| variant | validation accuracy | memory peak, KiB |")
     assert len({line.count("|") for line in markdown.splitlines() if line.startswith("|")}) == 1
     assert "- late, seed 1, is not in it: it is missing" in markdown
     rows = list(csv.DictReader(io.StringIO(to_csv(comparison))))
@@ -275,7 +277,9 @@ def test_tables_hold_each_variants_figures(experiment):
     assert float(found[0]["value"]) == comparison.row("cka").cells["validation/accuracy"].by_seed[1]
     assert any(row["verdict"] == "not in it: it is missing" for row in rows)
     latex = to_latex(comparison)
-    assert latex.count(r"\\") >= 4
+    # Two headings, a line for the baseline, two for each other.
+    assert latex.count(r"\\") == 7
+    assert len({line.count(" & ") for line in latex.splitlines() if line.endswith(r"\\")}) == 1
     assert r"\textbf{" in latex
     assert "_" not in latex.replace(r"\_", "")
 
@@ -291,8 +295,47 @@ def test_the_command_writes_by_the_files_ending(experiment, tmp_path, capsys):
     assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
     assert main(["report", str(tmp_path / "nowhere"), "--format", "md"]) == 2
     assert main(["report", str(experiment), "--output", str(tmp_path / "no" / "folder.md")]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["report", str(experiment)])
+        main(["report", str(experiment), "--format", "html"])
+    capsys.readouterr()
+    assert main(["report", str(experiment)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("against none")
+    assert "cka: not enough seeds to say" in shown
+
+
+def test_figures_beside_the_metric_may_be_chosen(experiment, capsys):
+    chosen = "resources/flops,frozen_depth"
+    assert main(["report", str(experiment), "--format", "md", "--figures", chosen]) == 0
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert heading == "| variant | validation accuracy | flops, GFLOP | frozen depth | p<br>effect | verdict |"
+    assert f"--figures {chosen}" in read_source([experiment], figures=chosen.split(",")).commands[-1]
+    for figure, said in (("resources/flop", "did you mean resources/flops"), ("test/accuracy", "is of a test split")):
+        assert main(["report", str(experiment), "--figures", figure]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_table_for_the_terminal_leaves_out_what_does_not_fit(experiment):
+    comparison = read_source([experiment]).comparison
+    shown = {}
+    for width in (60, 400):
+        console = Console(width=width, file=io.StringIO())
+        print_comparison(comparison, console)
+        shown[width] = console.file.getvalue()
+    table = shown[60].partition("Not shown here: ")[0].splitlines()
+    assert max(map(len, table)) <= 60
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown[60]
+    assert "frozen depth" in shown[60].partition("Not shown here: ")[2].splitlines()[0]
+    assert "Not shown here" not in shown[400]
+
+
+def test_what_adds_up_is_drawn_from_nothing_to_the_end(experiment):
+    (record,) = [one for one in read_source([experiment]).records if one.path.parts[-2:] == ("cka", "seed-0")]
+    flops = next(chart for chart in draw_costs(record) if chart.title.startswith("FLOPs"))
+    ends = {line.name: (line.x[0], line.y[0], line.x[-1], line.y[-1]) for line in flops.figure.data}
+    by_phase = record.result["resources"]["flops_by_phase"]
+    assert ends["evaluation"] == pytest.approx((0, 0, record.result["epochs"], by_phase["evaluation"] / 1e12), rel=1e-5)
 
 
 def test_a_run_without_an_experiment_is_a_report_of_one(experiment, tmp_path):
