@@ -35,7 +35,7 @@ def evaluate(
         validation: Loader by name of the split, of this process's batches (:func:`safe_lab.data.loaders.build_eval_loader`).
         task: Names the metrics.
         processes: Those that measure it together; each example is measured by one of them.
-        skipping: ``with skipping(batch): model(**batch)`` runs the model (:meth:`safe_lab.savings.Savings.skipping`).
+        skipping: ``with skipping(batch): model(**batch)`` runs the model, once (:meth:`safe_lab.savings.Savings.skipping`).
         most_rows: Rows of a given length that go through the model at once; None: a whole batch.
 
     Returns:

@@ -132,12 +132,12 @@ class Savings:
         return hidden
 
     @contextmanager
-    def skipping(self, batch: Batch, hidden: Tensor | None = None) -> Iterator[None]:
-        """Inside, the model's forward pass on ``batch`` begins with the first live layer."""
+    def skipping(self, batch: Batch, hidden: Tensor | None = None, *, once: bool = False) -> Iterator[None]:
+        """Inside, the model's forward pass on ``batch`` begins with the first live layer; see :meth:`Prefix.skipping`."""
         if self._prefix is None:
             yield
             return
-        with self._prefix.skipping(batch, hidden=hidden):
+        with self._prefix.skipping(batch, hidden=hidden, once=once):
             yield
 
     @contextmanager

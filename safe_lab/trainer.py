@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -303,7 +304,7 @@ class Trainer:
                 self._validation,
                 self._task,
                 processes=self._processes,
-                skipping=self._savings.skipping,
+                skipping=partial(self._savings.skipping, once=True),
                 most_rows=self._micro_batches.eval_rows,
             )
         self.progress.metrics, self.progress.evaluated_at = metrics, self.progress.step

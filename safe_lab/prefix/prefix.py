@@ -168,12 +168,16 @@ class Prefix:
             return self._loss_function(model, batch)
 
     @contextmanager
-    def skipping(self, batch: Batch | None = None, *, hidden: Tensor | None = None) -> Iterator[None]:
+    def skipping(
+        self, batch: Batch | None = None, *, hidden: Tensor | None = None, once: bool = False
+    ) -> Iterator[None]:
         """Inside, the model's forward pass on ``batch`` begins with the first live layer.
 
         Args:
             batch: What the model is about to take.
             hidden: What :meth:`hidden` gave for it, if it was asked already.
+            once: The model runs once inside. Without a graph the prefix's output is then freed as soon as the first live layer
+                has used it, as in a model that runs whole.
         """
         if not self._is_on or self._stack is None:
             yield
@@ -181,7 +185,16 @@ class Prefix:
         if hidden is None:
             assert batch is not None
             hidden = self.hidden(batch)
-        with self._stack.giving(range(self.depth), lambda: hidden):  # type: ignore[arg-type, return-value]
+        assert hidden is not None
+        held, left = [hidden], self.depth
+        del hidden
+
+        def give() -> Tensor:
+            nonlocal left
+            left -= 1
+            return held.pop() if once and not left else held[0]
+
+        with self._stack.giving(range(self.depth), give):
             yield
 
     def close(self, *, keep_cache: bool = False) -> None:

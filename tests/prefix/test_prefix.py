@@ -1,4 +1,5 @@
 import random
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
@@ -130,6 +131,28 @@ def test_an_evaluation_without_gradients_reads_the_cache_too(family):
         with case.prefix.skipping(batch):
             skipped = case.model(**batch).logits
     torch.testing.assert_close(skipped, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_where_the_model_runs_once_the_output_is_let_go_of(family):
+    case = build(family, layers=2)
+    case.prefix.update()
+    batch, alive = make_batch(WIDE), []
+    first, second = case.prefix._stack.layers[2], case.prefix._stack.backbone
+    with torch.no_grad(), case.prefix.skipping(batch):
+        kept = case.model(**batch).logits
+        assert torch.equal(case.model(**batch).logits, kept)
+    taken = []
+    hooks = [
+        first.register_forward_pre_hook(lambda module, args: taken.append(weakref.ref(args[0]))),
+        second.register_forward_hook(lambda *_: alive.append(taken[0]() is not None)),
+    ]
+    with torch.no_grad(), case.prefix.skipping(batch, once=True):
+        assert torch.equal(case.model(**batch).logits, kept)
+        assert alive == [False]
+        with pytest.raises(IndexError):
+            case.model(**batch)
+    for hook in hooks:
+        hook.remove()
 
 
 # What a batch may look like.
