@@ -74,10 +74,14 @@ def why_ended(code: int, log: Path) -> str:
 
 
 def read_warnings(log: Path) -> tuple[str, ...]:
-    """What a process has warned of, as its log has it: each warning once, its lines put together."""
+    """What a process has warned of, as its log has it: each warning once, its lines put together; nothing without a log."""
     found: list[str] = []
     within = False
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+    for line in lines:
         # Of a terminal's width, as rich writes them: what goes on is indented.
         if within and line.startswith(_INDENT):
             found[-1] += f" {line.strip()}"

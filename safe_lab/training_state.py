@@ -88,7 +88,9 @@ class TrainingState:
         """
         found = self._processes.broadcast(self._find() if self._processes.is_main else None)
         if found is None:
-            log.warning("there is no whole checkpoint to go on from: the run starts anew")
+            # Of a run that was not begun before, nobody has lost anything.
+            if (self._folder.path / "config.yaml").exists():
+                log.warning("there is no whole checkpoint to go on from: the run starts anew")
             return False
         tensors, state, folder = found
         if state["base_fingerprint"] != self._base_fingerprint:

@@ -76,7 +76,7 @@ def train(
     overwrite = overwrite and not _is_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     RunFolder(path.parent).write(f"{path.name}.yaml", configuration.dump(config))
-    log = log_of(config)
+    log = log_of(path)
     rows = _Evaluations(path)
     while True:
         _wait_until_free(path, tick)
@@ -85,10 +85,9 @@ def train(
             return Ended("failed", {}, fault)
         file = str((path.parent / f"{path.name}.yaml").absolute())
         # A run that was killed after its training is measured from its folder.
-        measures = not fault and _lacks_sharpness(config)
-        # Where there is nothing to go on with, it is not asked for, and nobody warned that it cannot be had.
-        begin = ["--overwrite"] if fault else ["--resume"] if (path / "config.yaml").exists() else []
-        with start(["sharpness", str(path)] if measures else ["train", file, *begin, "--quiet"], log) as process:
+        measures = not fault and lacks_sharpness(config)
+        begin = "--overwrite" if fault else "--resume"
+        with start(["sharpness", str(path)] if measures else ["train", file, begin, "--quiet"], log) as process:
             while process.poll() is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_SECONDS)
@@ -101,7 +100,7 @@ def train(
         code = process.returncode
         if code == 0 and any(watch(row) for row in rows.read()):
             return Ended("stopped", {})
-        if code == 0 and (measures or not _lacks_sharpness(config)):
+        if code == 0 and (measures or not lacks_sharpness(config)):
             return _read_result(path)
         if code == 0 or (code > 0 and _is_held(path)):
             # To be measured yet, or another was faster to train there.
@@ -121,9 +120,8 @@ def train(
         )
 
 
-def log_of(config: Config) -> Path:
-    """Where the process that trains a run writes what it has to say."""
-    path = config.run_folder
+def log_of(path: Path) -> Path:
+    """Where the process that trains in a run folder writes what it has to say."""
     return path.parent / f"{path.name}.log"
 
 
@@ -157,13 +155,13 @@ def is_finished(config: Config) -> bool:
     try:
         run_folder.check(config, resume=True, overwrite=False)
     except run_folder.AlreadyFinishedError:
-        return _read_result(config.run_folder).how == "finished" and not _lacks_sharpness(config)
+        return _read_result(config.run_folder).how == "finished" and not lacks_sharpness(config)
     except ConfigError:
         return False
     return False
 
 
-def _lacks_sharpness(config: Config) -> bool:
+def lacks_sharpness(config: Config) -> bool:
     """Whether a run has ended, and its sharpness, which was to be measured, has not been."""
     if config.sharpness.when == "never" or not (config.run_folder / "result.json").exists():
         return False

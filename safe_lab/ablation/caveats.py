@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from safe_lab.ablation.records import Record
-from safe_lab.run_folder import RunFolder
+from safe_lab.ablation.records import PLACE, Record
+from safe_lab.config import Config
+from safe_lab.run_folder import RunFolder, changed_keys
 
 # What froze when, and the metrics.
 _Training = tuple[list[tuple[int, list[str]]], Mapping[str, float]]
-_Value = TypeVar("_Value")
+_NUMBER = re.compile(r"[-+]?\d[\d.e+-]*")
 
 
 def find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) -> list[str]:
@@ -35,52 +36,81 @@ def find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) -> 
     return warnings
 
 
+def find_own_warnings(by_variant: Mapping[str, Sequence[Record]]) -> list[str]:
+    """What runs have warned of themselves, by the first of each variant that says it."""
+    found = []
+    for variant, records in by_variant.items():
+        told: set[str] = set()
+        for record in records:
+            warnings = [] if record.fault else [one for one in record.warnings if kind_of(one) not in told]
+            told.update(map(kind_of, warnings))
+            found += [f"{variant}, seed {record.seed}, warns: {warning}" for warning in warnings]
+    return found
+
+
+def kind_of(warning: str) -> str:
+    """A warning without its figures, in which the seeds of a variant differ."""
+    return _NUMBER.sub("", warning)
+
+
 def find_twins(by_variant: Mapping[str, Sequence[Record]]) -> list[str]:
     """Variants that came to one and the same training: what froze when, and every metric, are alike to the last digit.
 
-    No number of seeds tells such variants apart: they differ in nothing that has had an effect.
+    No number of seeds tells their metrics apart. Of those that differ in nothing but what freezing is turned into this is as it
+    should be, and no warning.
     """
     trainings: dict[str, dict[int, _Training]] = {}
     for variant, records in by_variant.items():
         found = {record.seed: _training_of(record) for record in records}
         trainings[variant] = {seed: training for seed, training in found.items() if training is not None}
     warnings = []
-    groups = _group(trainings, _are_alike)
+    groups = [group for group in _group(trainings) if trainings[group[0]]]
     for group in groups:
-        if len(group) > 1:
-            froze = any(events for variant in group for events, _ in trainings[variant].values())
+        told = _without_savings_alone(group, by_variant)
+        if len(told) > 1:
+            froze = any(events for events, _ in trainings[group[0]].values())
             how = "the same units froze at the same steps" if froze else "nothing froze"
-            told = f"{_list(group)} are one training in every seed that they share"
-            warnings.append(f"{told}: {how}, and all metrics are alike")
-    # From here on the first of a group stands for all of it.
+            warnings.append(
+                f"{_list(told)} are one training in every seed: {how}, and all metrics are alike; their costs may differ"
+            )
+    members = {group[0]: group for group in groups}
     seeds_of: dict[tuple[str, ...], list[int]] = {}
     for seed in sorted(set().union(*trainings.values())):
-        there = {group[0]: trainings[group[0]][seed] for group in groups if seed in trainings[group[0]]}
-        for alike in _group(there, operator.eq):
-            if len(alike) > 1:
-                seeds_of.setdefault(alike, []).append(seed)
+        for alike in _group({first: trainings[first][seed] for first in members if seed in trainings[first]}):
+            together = _without_savings_alone([name for first in alike for name in members[first]], by_variant)
+            if len(alike) > 1 and len(together) > 1:
+                seeds_of.setdefault(tuple(together), []).append(seed)
     if seeds_of:
-        told = "; ".join(f"{_list(group)} in {_say_seeds(seeds)}" for group, seeds in seeds_of.items())
-        warnings.append(f"one training in some seeds, by what froze when and all metrics: {told}")
+        told_some = "; ".join(f"{_list(group)} in {_say_seeds(seeds)}" for group, seeds in seeds_of.items())
+        warnings.append(f"one training in some seeds, by what froze when and all metrics: {told_some}")
     return warnings
 
 
-def _are_alike(one: Mapping[int, _Training], other: Mapping[int, _Training]) -> bool:
-    """Whether trainings are alike in every seed of both, of which there is one."""
-    shared = one.keys() & other.keys()
-    return bool(shared) and all(one[seed] == other[seed] for seed in shared)
-
-
-def _group(values: Mapping[str, _Value], is_alike: Callable[[_Value, _Value], bool]) -> list[tuple[str, ...]]:
-    """Names in their order, those with like values together."""
+def _group(values: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Names in their order, those with equal values together."""
     groups: list[list[str]] = []
     for name, value in values.items():
-        group = next((group for group in groups if is_alike(values[group[0]], value)), None)
+        group = next((group for group in groups if values[group[0]] == value), None)
         if group is None:
             groups.append([name])
         else:
             group.append(name)
     return [tuple(group) for group in groups]
+
+
+def _without_savings_alone(group: Sequence[str], by_variant: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Of some variants, those that differ from the ones before in more than what freezing is turned into."""
+    kept: list[str] = []
+    for variant in group:
+        config = by_variant[variant][0].config
+        before = [by_variant[name][0].config for name in kept]
+        if config is None or not any(other and _differ_in_savings_alone(other, config) for other in before):
+            kept.append(variant)
+    return kept
+
+
+def _differ_in_savings_alone(one: Config, other: Config) -> bool:
+    return all(key.partition(".")[0] in (*PLACE, "savings") for key in changed_keys(one, other))
 
 
 def _list(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from safe_lab.figures import unit_of
 # Of the largest figure of a column. A share, or a loss, tells nothing by its fifth decimal at any number of rows.
 _DIGITS = 4
 _MOST_DECIMALS = 4
+_COUNT = re.compile(r"(depth|steps?|epochs|tokens|computed|layers|examples)$|^parameters/")
+_MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Column:
 
     def write(self, value: float) -> str:
         """A value of the figure, without its unit."""
-        amount = value / self.divisor
-        return f"{amount:.2e}" if self.decimals is None else f"{amount:.{self.decimals}f}"
+        amount = abs(value) / self.divisor
+        written = f"{amount:.{_DIGITS - 1}e}" if self.decimals is None else f"{amount:.{self.decimals}f}"
+        return f"{_MINUS}{written}" if value < 0 else written
 
 
 def column_of(figure: str, values: Iterable[float]) -> Column:
@@ -59,18 +63,18 @@ def column_of(figure: str, values: Iterable[float]) -> Column:
     >>> [column_of("resources/memory_mean_bytes", [2**28, 2**27]).write(value) for value in (2**28, 2**27, 111)]
     ['256.0', '128.0', '0.0']
     >>> column_of("validation/accuracy", [0.9, 0.883]).write(0.883), column_of("sharpness/trace", [5e-6]).write(5e-6)
-    ('0.8830', '5.00e-06')
+    ('0.8830', '5.000e-06')
     """
     found = [abs(float(value)) for value in values]
     largest = max(found, default=0.0)
     unit, divisor = unit_of(figure, largest)
-    if not unit and largest < 10**_DIGITS and all(value.is_integer() for value in found):
-        # Numbers of something; the mean of several has a decimal.
-        return Column(figure, unit, divisor, 1)
+    if _COUNT.search(figure) or unit == "B":
+        # The mean of several has a decimal.
+        return Column(figure, unit, divisor, 1 if largest < 10**_DIGITS else 0)
     power = math.floor(math.log10(largest / divisor)) if largest else 0
-    if not -3 <= power < 6:
-        return Column(figure, unit, divisor, None)
-    return Column(figure, unit, divisor, min(max(_DIGITS - 1 - power, 0), _MOST_DECIMALS))
+    decimals = min(max(_DIGITS - 1 - power, 0), _MOST_DECIMALS)
+    is_lost = not unit and any(0 < value < 10**-decimals for value in found)
+    return Column(figure, unit, divisor, None if is_lost or not -3 <= power < 6 else decimals)
 
 
 def columns_of(comparison: Comparison) -> list[Column]:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
-from safe_lab.ablation.caveats import find_sharpness_warnings, find_twins, find_warnings
+from safe_lab.ablation.caveats import find_own_warnings, find_sharpness_warnings, find_twins, find_warnings
 from safe_lab.ablation.claims import Outcome
 from safe_lab.ablation.claims import judge as judge_claim
 from safe_lab.ablation.records import PLACE, Record
@@ -210,6 +210,7 @@ def compare(records: Sequence[Record], rules: Rules, baseline: str) -> Compariso
         rows.append(Row(variant, cells[variant], verdict, reason, p, corrected_p, _changes(base, runs), faults))
     warnings = [
         *find_warnings(by_variant, baseline),
+        *find_own_warnings(by_variant),
         *find_twins(by_variant),
         *find_sharpness_warnings(by_variant, baseline, compared),
     ]
@@ -271,7 +272,7 @@ def judge(
         # Where it could have come to as little as the interval leaves on a side; else it would seem to contradict that.
         if p_worse_corrected is not None and smallest_p_worse(found, num_comparisons) <= alpha / 2:
             correction = " after correction" if num_comparisons > 1 else ""
-            against = f"; p = {p_worse_corrected:.2g} of being worse by that much{correction}"
+            against = f"; p = {p_worse_corrected:.2g} against being worse by that much{correction}"
         return Verdict.NO_WORSE, f"{how}, within the margin of {rules.margin:g}{against}"
     if is_told or (has_interval and best < -rules.margin):
         return Verdict.WORSE, said if is_told else f"the whole interval is beyond the margin of {rules.margin:g}"

@@ -195,7 +195,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, baseline: str | Non
     base["name"] = settings.name
     of_file, of_base = _split_overrides(overrides)
     faults = [
-        f"{key}: it stands in the experiment file; here fields of its base are given, and name" for key in of_file
+        f"{key}: it stands in the experiment file; here fields of its base are given, and name"
+        + (" (--baseline takes another)" if key == "baseline" else "")
+        for key in of_file
     ]
     faults += override_all(base, of_base)
     if isinstance(base["name"], str):
@@ -214,7 +216,7 @@ def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     own = ExperimentSection.model_fields.keys() - Config.model_fields.keys()
     keys = [override.partition("=")[0].partition(".")[0] for override in overrides]
     return (
-        [key for key in keys if key in own],
+        list(dict.fromkeys(key for key in keys if key in own)),
         [override for key, override in zip(keys, overrides, strict=True) if key not in own],
     )
 

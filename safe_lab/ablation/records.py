@@ -11,10 +11,12 @@ from typing import Any
 
 from safe_lab import config as configuration
 from safe_lab.ablation.experiment_file import Experiment
+from safe_lab.child import read_warnings
 from safe_lab.config import Config
 from safe_lab.figures import read_figure
 from safe_lab.run_folder import changed_keys
 from safe_lab.section import ConfigError
+from safe_lab.trainings import log_of
 
 # What makes a configuration another run's, and is none of its settings.
 PLACE = ("name", "variant", "seed", "output_dir", "tracking")
@@ -34,6 +36,7 @@ class Record:
         result: What result.json holds; empty without one.
         fault: Why it is not compared: it is missing, has not finished, or cannot be read; empty if it is.
         environment: What environment.json holds; empty where that cannot be read.
+        warnings: What it has warned of, where its log is there.
     """
 
     variant: str
@@ -43,6 +46,7 @@ class Record:
     result: Mapping[str, Any] = field(default_factory=dict)
     fault: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
     @property
     def machine(self) -> str:
@@ -81,7 +85,7 @@ def read_record(path: Path) -> Record:
         fault = f"this version cannot read its config.yaml: {str(error).splitlines()[0]}"
         return Record(variant, int(seed) if seed.isdecimal() else -1, path, None, fault=fault)
     result, fault = _read_result(path)
-    return Record(config.variant, config.seed, path, config, result, fault, _read_environment(path))
+    return Record(config.variant, config.seed, path, config, result, fault, *_read_beside(path))
 
 
 def read_experiment(
@@ -103,7 +107,7 @@ def read_experiment(
         result, fault = ({}, other) if other else _read_result(path)
         if fault and run in failures:
             fault = failures[run]
-        records.append(Record(*run, path, config, result, fault, _read_environment(path)))
+        records.append(Record(*run, path, config, result, fault, *_read_beside(path)))
     return records
 
 
@@ -179,6 +183,11 @@ def _read_result(path: Path) -> tuple[Mapping[str, Any], str]:
     if not all(isinstance(tree, dict) for tree in trees) or not isinstance(result["main_metric"], str):
         return {}, "its result.json is damaged"
     return result, ""
+
+
+def _read_beside(path: Path) -> tuple[Mapping[str, Any], Sequence[str]]:
+    """What a run was trained in, and what it warned of."""
+    return _read_environment(path), read_warnings(log_of(path))
 
 
 def _read_environment(path: Path) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -15,7 +15,7 @@ from safe_lab.ablation.records import find_change, read_record
 from safe_lab.child import read_warnings
 from safe_lab.config import Config
 from safe_lab.nursery import Nursery, Start, start_afresh
-from safe_lab.trainings import Evaluation, find_other_run, is_finished, log_of, remove_leftovers, train
+from safe_lab.trainings import Evaluation, find_other_run, is_finished, lacks_sharpness, log_of, remove_leftovers, train
 
 
 class State(StrEnum):
@@ -56,6 +56,7 @@ class Outlook(StrEnum):
     """What is to become of a run."""
 
     KEPT = "kept"
+    MEASURED = "kept, and its sharpness measured"
     RESUMED = "resumed from its checkpoint"
     BEGUN = "begun"
     REDONE = "trained anew, the old one removed"
@@ -70,13 +71,14 @@ def foresee(experiment: Experiment) -> list[tuple[tuple[str, int], Outlook, str]
 def _foresee(config: Config) -> tuple[Outlook, str]:
     if is_finished(config):
         return Outlook.KEPT, ""
-    changed = find_change(config.run_folder, config)
-    if changed:
-        return Outlook.REDONE, changed
     fault = find_other_run(config)
     if fault:
-        return Outlook.REFUSED, fault
-    return (Outlook.RESUMED if (config.run_folder / "config.yaml").exists() else Outlook.BEGUN), ""
+        changed = find_change(config.run_folder, config)
+        return (Outlook.REDONE, changed) if changed else (Outlook.REFUSED, fault)
+    if lacks_sharpness(config):
+        return Outlook.MEASURED, ""
+    has_checkpoint = any((config.run_folder / "checkpoints").glob("step-*"))
+    return (Outlook.RESUMED if has_checkpoint else Outlook.BEGUN), ""
 
 
 def run_missing(
@@ -160,17 +162,17 @@ class _Board:
 
     def _train(self, run: tuple[str, int], start: Start) -> None:
         config = self.experiment.config_of(*run)
-        changed = find_change(config.run_folder, config)
-        self._set(run, state=State.RUNNING, note=changed)
+        outlook, why = _foresee(config)
+        is_redone = outlook == Outlook.REDONE
+        self._set(run, state=State.RUNNING, note=why if is_redone else "")
 
         def watch(row: Evaluation) -> bool:
             self._set(run, latest=row)
             return False
 
-        ended = train(config, start=start, watch=watch, tick=self._tick, overwrite=bool(changed))
-        with suppress(OSError):
-            self._set(run, warnings=read_warnings(log_of(config)))
+        ended = train(config, start=start, watch=watch, tick=self._tick, overwrite=is_redone)
         if ended.how == "finished":
+            self._set(run, warnings=read_warnings(log_of(config.run_folder)))
             if not self.experiment.settings.keep_checkpoints:
                 remove_leftovers(config)
             self._set(run, state=State.FINISHED, note="")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from safe_lab.ablation.caveats import kind_of
 from safe_lab.ablation.columns import Column, columns_of, tell, tell_test
 from safe_lab.ablation.comparison import Comparison, Verdict
 from safe_lab.ablation.experiment_file import Experiment
@@ -24,27 +25,26 @@ from safe_lab.ablation.words import describe_claims, describe_rules
 from safe_lab.figures import format_figure
 
 _ENDLESS = 10_000
-_NUMBER = re.compile(r"[-+]?\d[\d.e+-]*")
+_NAME_WIDTH = 28
 
 
 @contextmanager
 def live(experiment: Experiment, console: Console) -> Iterator[Show]:
     """Show how the runs of an experiment stand: a table on a terminal, a line for each change elsewhere."""
     runs = {run: Progress(*run) for run in experiment.runs}
-    warned: set[str] = set()
+    warned: set[tuple[str, str]] = set()
 
     def warn(progress: Progress) -> None:
-        """By the first run of each variant that says it: its others say the same, with other figures."""
-        for warning in progress.warnings:
-            kind = f"{progress.variant}: {_NUMBER.sub('', warning)}"
-            if kind not in warned:
-                warned.add(kind)
-                _say(console, f"warning: {progress.variant}, seed {progress.seed}: {warning}")
+        """At once by the first run of each variant that says it, as hours of others may follow that come to nothing either."""
+        new = [one for one in progress.warnings if (progress.variant, kind_of(one)) not in warned]
+        warned.update((progress.variant, kind_of(one)) for one in new)
+        for warning in new:
+            _say(console, f"warning: {progress.variant}, seed {progress.seed}, warns: {warning}")
 
     if not console.is_terminal:
         shown: dict[tuple[str, int], State] = {}
 
-        def tell(progress: Progress) -> None:
+        def write(progress: Progress) -> None:
             run = (progress.variant, progress.seed)
             runs[run] = progress
             warn(progress)
@@ -52,7 +52,7 @@ def live(experiment: Experiment, console: Console) -> Iterator[Show]:
                 shown[run] = progress.state
                 _say(console, _describe(progress, experiment, runs.values()))
 
-        yield tell
+        yield write
         return
     began = time.monotonic()
     with Live(_board(experiment, runs), console=console, refresh_per_second=4) as table:
@@ -86,7 +86,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         _say(console, f"warning: {warning}")
     for line in describe_claims(comparison):
         _say(console, line)
-    _say(console, describe_rules(comparison))
+    if rules := describe_rules(comparison):
+        _say(console, rules)
 
 
 def _width(table: Table, console: Console) -> int:
@@ -95,11 +96,12 @@ def _width(table: Table, console: Console) -> int:
 
 
 def _table(comparison: Comparison, columns: Sequence[Column]) -> Table:
-    table = Table(
-        "variant", title=f"against {escape(comparison.baseline)}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
-    )
+    title = f"against {escape(comparison.baseline)}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    # Long names are those of a grid, and may differ by their last figure.
+    table.add_column("variant", overflow="fold", max_width=_NAME_WIDTH)
     for i, column in enumerate(columns):
-        table.add_column(column.heading.replace(", ", "\n").replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(escape(column.heading).replace(", ", "\n").replace(" ", "\n"), justify="right", no_wrap=True)
         if i == 0:
             table.add_column("p\ncorrected", justify="right", no_wrap=True)
     for row in comparison.rows:
@@ -113,6 +115,14 @@ def _table(comparison: Comparison, columns: Sequence[Column]) -> Table:
                 shown.append("\n".join(filter(None, tell_test(comparison, row))))
         table.add_row(*shown)
     return table
+
+
+def tell_outlook(experiment: Experiment) -> list[dict[str, Any]]:
+    """What training the experiment would do, as plain values: ``variant``, ``seed``, ``outlook`` and ``why``."""
+    return [
+        {"variant": variant, "seed": seed, "outlook": what.value, "why": why}
+        for (variant, seed), what, why in foresee(experiment)
+    ]
 
 
 def print_outlook(experiment: Experiment, console: Console) -> None:

@@ -82,6 +82,8 @@ def describe_rules(comparison: Comparison) -> str:
     most = max((len(found.by_seed) for found in differences), default=0)
     num_others = len([found for found in differences if found.p is not None])
     methods = sorted({found.method for found in differences if found.method and found.method != "all alike"})
+    if not differences:
+        return ""
     said = [f"Differences are to {comparison.baseline}, paired by seed."]
     if most > 1:
         said.insert(0, f"{_PLUS_MINUS} is the standard deviation over the seeds.")
@@ -107,11 +109,10 @@ def describe_rules(comparison: Comparison) -> str:
             )
         said[-1] += "."
         if most > 1:
-            floor = max(smallest_p_worse(found, num_others) for found in differences if found.p is not None)
+            floor = min(smallest_p_worse(found, num_others) for found in differences if found.p is not None)
             if floor > (1 - rules.confidence) / 2:
-                said.append(
-                    f"A test of that, corrected, is not told: with so few seeds its p cannot come below {floor:.2g}."
-                )
+                how = ", corrected," if num_others > 1 else ""
+                said.append(f"A test of that{how} is not told: with so few seeds p cannot come below {floor:.2g}.")
     return " ".join(said)
 
 

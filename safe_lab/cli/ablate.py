@@ -41,7 +41,10 @@ def ablate(arguments: Sequence[str]) -> int:
     try:
         experiment = ablation.load(chosen.config, chosen.overrides, baseline=chosen.baseline)
         if chosen.dry_run:
-            show.print_outlook(experiment, wide_console())
+            if chosen.json:
+                print(to_json(show.tell_outlook(experiment)))
+            else:
+                show.print_outlook(experiment, wide_console())
             return 0
         with show.live(experiment, errors) as tell:
             comparison = ablation.run(experiment, workers=chosen.workers, show=tell)

@@ -60,7 +60,9 @@ def report(arguments: Sequence[str]) -> int:
             [Path(path) for path in chosen.paths],
             baseline=chosen.baseline,
             metric=chosen.metric,
-            figures=None if chosen.figures is None else chosen.figures.split(","),
+            figures=None
+            if chosen.figures is None
+            else [one.strip() for one in chosen.figures.split(",") if one.strip()],
             margin=chosen.margin,
         )
         if form == "terminal":

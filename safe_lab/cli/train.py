@@ -82,6 +82,8 @@ def _run(config: Config, *, resume: bool, overwrite: bool, quiet: bool) -> int:
 
     console = Console(quiet=quiet or launch.rank() > 0)
     log_to(console, rank=launch.rank())
+    if resume and not (config.run_folder / "config.yaml").exists():
+        console.say(f"{config.run_folder}: there is no run to go on with: it begins")
     goes_on = f"--resume goes on from the last checkpoint in {config.run_folder}"
     try:
         run(config, resume=resume, overwrite=overwrite, console=console)

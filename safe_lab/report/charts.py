@@ -209,10 +209,13 @@ def draw_costs(record: Record) -> Iterator[Chart]:
 
 def _last_row(record: Record) -> dict[str, Any]:
     """What adds up over a run, at its very end, by the names of metrics.jsonl."""
-    cost = record.result["resources"]
-    by_kind = {"flops": cost["flops_by_phase"], "seconds": cost["seconds"]}
-    return {"epoch": float(record.result["epochs"])} | {
-        f"resources/{what}/{kind}": value for what, amounts in by_kind.items() for kind, value in amounts.items()
+    cost, epochs = record.result["resources"], record.result.get("epochs")
+    by_kind = {"flops": cost.get("flops_by_phase"), "seconds": cost.get("seconds")}
+    return {"epoch": epochs} | {
+        f"resources/{what}/{kind}": value
+        for what, amounts in by_kind.items()
+        if isinstance(amounts, dict) and isinstance(epochs, int | float)
+        for kind, value in amounts.items()
     }
 
 

@@ -15,7 +15,7 @@ from safe_lab.ablation import Comparison, Verdict
 from safe_lab.ablation.columns import Column, columns_of, tell, tell_test
 from safe_lab.ablation.comparison import Row
 from safe_lab.ablation.records import Record
-from safe_lab.ablation.words import describe, describe_claims, describe_rules
+from safe_lab.ablation.words import describe, describe_claims
 from safe_lab.report.charts import (
     Chart,
     choose_styles,
@@ -27,7 +27,7 @@ from safe_lab.report.charts import (
 )
 from safe_lab.report.curvature import draw_slices, draw_spectra
 from safe_lab.report.source import Source
-from safe_lab.report.tables import BEST, find_best, warnings_of
+from safe_lab.report.tables import find_best, how_to_read, warnings_of
 
 _GOOD = (Verdict.BETTER, Verdict.NO_WORSE)
 _BAD = (Verdict.WORSE, Verdict.NO_RUNS)
@@ -95,7 +95,7 @@ def _sections(source: Source, figures: _Figures) -> Iterator[str]:
         yield f'<ul class="warnings">{"".join(f"<li>{_escape(fault)}</li>" for fault in faults)}</ul>'
     yield "<h2>Variants</h2>"
     yield _table(comparison)
-    yield f'<p class="rules">{_escape(describe_rules(comparison))} {_escape(BEST)}</p>'
+    yield f'<p class="rules">{_escape(how_to_read(comparison))}</p>'
     claims = [f"<li>{_escape(line)}</li>" for line in describe_claims(comparison)]
     if claims:
         yield f"<h2>What was claimed</h2><ul>{''.join(claims)}</ul>"
@@ -129,13 +129,15 @@ def _describe_training(source: Source) -> str:
         return ""
     config = record.config
     examples = record.result.get("examples")
-    numbers = [f"{num:,} of {split}" for split, num in examples.items()] if isinstance(examples, dict) else []
+    found = examples.items() if isinstance(examples, dict) else ()
+    numbers = [f"{num:,} of {split}" for split, num in found if isinstance(num, int)]
     rank = "" if config.adapter.rank is None else f" of rank {config.adapter.rank}"
-    epochs = f"{config.training.epochs} epoch{'s' if config.training.epochs > 1 else ''}"
+    steps, epochs = config.training.max_steps, config.training.epochs
+    length = f"{epochs} epoch{'s' if epochs > 1 else ''}" if steps is None else f"{steps} steps"
     told = f"{config.data.task} of {config.data.path or 'its own data'}"
     if numbers:
         told += f" (examples: {', '.join(numbers)})"
-    return f"Trained, by the baseline's configuration: {told}, {config.model.path} with {config.adapter.method}{rank}, {epochs}."
+    return f"Trained, by the baseline's configuration: {told}, {config.model.path} with {config.adapter.method}{rank}, {length}."
 
 
 def _verdicts(comparison: Comparison) -> str:
@@ -151,9 +153,7 @@ def _verdicts(comparison: Comparison) -> str:
 
 def _table(comparison: Comparison) -> str:
     columns = columns_of(comparison)
-    # The metric stands first, unless no run has it.
-    num_first = int(bool(columns) and columns[0].figure == comparison.rules.metric)
-    first, others = columns[:num_first], columns[num_first:]
+    first, others = columns[:1], columns[1:]
     headings = [
         _heading("variant", kind="text"),
         *(_heading(column.name, column.unit_told) for column in first),
@@ -189,7 +189,7 @@ def _table_row(row: Row, comparison: Comparison, first: Sequence[Column], others
 
 def _cell(row: Row, comparison: Comparison, column: Column) -> str:
     cell, told = row.cells.get(column.figure), tell(comparison, row, column)
-    best = ' class="best"' if find_best(comparison, column.figure) == row.variant else ""
+    best = ' class="best"' if row.variant in find_best(comparison, column) else ""
     number = "" if cell is None else repr(cell.mean)
     below = "".join(f"<small>{_escape(line)}</small>" for line in told[1:] if line)
     return f'<td{best} data-value="{number}">{_escape(told.value)}{below}</td>'

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from safe_lab.ablation import Comparison, Verdict
-from safe_lab.ablation.columns import Told, columns_of, tell, tell_test
+from safe_lab.ablation.columns import Column, Told, columns_of, tell, tell_test
 from safe_lab.ablation.comparison import Row
 from safe_lab.ablation.words import describe_claims, describe_rules
 from safe_lab.figures import direction_of
 
-BEST = "Bold: the best mean over the seeds that all variants have, whether or not it can be told from the others."
+_BEST = "Bold: the best mean over the seeds that all variants have, whether or not it can be told from the others."
 _MINUS = "\N{MINUS SIGN}"
 _LATEX = str.maketrans(
     {
@@ -33,18 +33,26 @@ _LATEX = str.maketrans(
 )
 
 
-def find_best(comparison: Comparison, figure: str) -> str | None:
-    """The variant with the best mean of a figure over the seeds that all have.
+def find_best(comparison: Comparison, column: Column) -> frozenset[str]:
+    """The variants with the best mean of a figure, as it is written, over the seeds that all have.
 
     None of a figure that is neither good nor bad by itself, and where all are alike or no seed has all.
     """
-    sign = direction_of(figure)
+    figure, sign = column.figure, direction_of(column.figure)
     by_variant = {row.variant: row.cells[figure].by_seed for row in comparison.rows if figure in row.cells}
     shared = set.intersection(*(set(by_seed) for by_seed in by_variant.values())) if by_variant else set()
-    means = {variant: fmean(by_seed[seed] for seed in shared) for variant, by_seed in by_variant.items() if shared}
-    if not sign or len(set(means.values())) < 2:
-        return None
-    return max(means, key=lambda variant: sign * means[variant])
+    if not sign or not shared:
+        return frozenset()
+    means = {variant: fmean(by_seed[seed] for seed in shared) for variant, by_seed in by_variant.items()}
+    best = column.write(max(means.values(), key=lambda mean: sign * mean))
+    found = frozenset(variant for variant, mean in means.items() if column.write(mean) == best)
+    return frozenset() if len(found) == len(means) else found
+
+
+def how_to_read(comparison: Comparison) -> str:
+    """What its figures are, and what is bold."""
+    is_any_best = any(find_best(comparison, column) for column in columns_of(comparison))
+    return " ".join(filter(None, (describe_rules(comparison), _BEST if is_any_best else "")))
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -58,7 +66,7 @@ def to_markdown(comparison: Comparison) -> str:
         cells = []
         for column in columns:
             value, difference = _lines_of(tell(comparison, row, column))
-            shown = f"**{value}**" if value and find_best(comparison, column.figure) == row.variant else value
+            shown = f"**{value}**" if row.variant in find_best(comparison, column) else value
             cells.append(f"{shown}<br>{difference}" if difference else shown)
         lines.append([row.variant, *cells, "<br>".join(filter(None, tell_test(comparison, row))), _verdict(row)])
     table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
@@ -122,7 +130,7 @@ def to_latex(comparison: Comparison) -> str:
         values, differences = [], []
         for column in columns:
             value, difference = map(_escape, _lines_of(tell(comparison, row, column)))
-            is_best = value and find_best(comparison, column.figure) == row.variant
+            is_best = row.variant in find_best(comparison, column)
             values.append(rf"\textbf{{{value}}}" if is_best else value)
             differences.append(_small(difference))
         p, effect = map(_escape, tell_test(comparison, row))
@@ -165,7 +173,7 @@ def warnings_of(comparison: Comparison) -> Sequence[str]:
 def notes_of(comparison: Comparison) -> Sequence[str]:
     """What stands below a table: how it is to be read, what was claimed, and what stands against taking it at its word."""
     return [
-        f"{describe_rules(comparison)} {BEST}",
+        *filter(None, [how_to_read(comparison)]),
         *describe_claims(comparison),
         *warnings_of(comparison),
     ]

@@ -85,6 +85,7 @@ def test_an_experiment_trains_what_is_missing_and_keeps_the_rest(ablation):
     assert json.loads((ablation.folder / "comparison.json").read_text()) == found
     assert "cka, seed 1 (4/4) finished: validation/accuracy" in said
     assert not list(ablation.folder.glob("*/seed-*/checkpoints"))
+    assert "WARNING" not in (ablation.folder / "none" / "seed-0.log").read_text()
     before = ablation.ended_at()
     printed, said = ablation.run()
     assert ablation.ended_at() == before
@@ -118,9 +119,11 @@ def test_what_runs_warn_of_is_told_once_a_variant(ablation):
     _, said = ablation.run(variants={"cka": {}, "update_norm": {"freezing.metric": "update_norm"}}, seeds=2)
     lines = [line for line in said.splitlines() if line.startswith("warning: ")]
     assert [line.split(": nothing froze: after 1 scorings the threshold is 0")[0] for line in lines] == [
-        "warning: cka, seed 0",
-        "warning: update_norm, seed 0",
+        "warning: cka, seed 0, warns",
+        "warning: update_norm, seed 0, warns",
     ]
+    kept, _ = ablation.run()
+    assert set(lines) < set(kept.splitlines())
     # What rich has broken is one line again.
     assert all(line.endswith("raise final_threshold, lower final, or normalize the scores") for line in lines)
 
@@ -193,6 +196,11 @@ def test_an_experiment_that_is_interrupted_goes_on_from_its_checkpoints(ablation
         process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGKILL)
     assert not ablation.ended_at()
+    told, _ = ablation.run("--dry-run", "--json", seeds=1)
+    assert [(row["variant"], row["outlook"]) for row in json.loads(told)] == [
+        ("none", "resumed from its checkpoint"),
+        ("cka", "begun"),
+    ]
     _, said = ablation.run(seeds=1)
     assert len(ablation.ended_at()) == 2
     rows = [json.loads(line) for line in (ablation.folder / "none/seed-0/metrics.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from safe_lab import config as configuration
 from safe_lab.ablation.claims import Outcome
 from safe_lab.ablation.comparison import Verdict, compare
 from safe_lab.ablation.records import Record
@@ -184,7 +185,7 @@ def test_no_worse_says_by_how_much_and_against_what():
     assert reason.startswith("at worst 0.00")
     # With five seeds p is 1 / 32 at best, more than the interval leaves on a side: beside it, it would read as a contradiction.
     assert reason.endswith(" worse, within the margin of 0.01")
-    assert judge([*even, 0.001], margin=0.01).reason.endswith("of 0.01; p = 0.016 of being worse by that much")
+    assert judge([*even, 0.001], margin=0.01).reason.endswith("of 0.01; p = 0.016 against being worse by that much")
     assert judge([0.002, 0.001, 0.003, 0.002, 0.001], margin=0.01).reason.startswith(
         "nowhere in its interval worse, within"
     )
@@ -192,7 +193,7 @@ def test_no_worse_says_by_how_much_and_against_what():
 
 def test_a_test_against_the_margin_is_told_where_it_could_tell_something():
     few = compare([*records("none", [0.8] * 5), *records("cka", [0.8, 0.81, 0.79, 0.8, 0.8])], MARGIN, "none")
-    assert "its p cannot come below 0.031." in describe_rules(few)
+    assert "with so few seeds p cannot come below 0.031." in describe_rules(few)
     many = compare([*records("none", [0.8] * 6), *records("cka", [0.8, 0.81, 0.79, 0.8, 0.8, 0.8])], MARGIN, "none")
     assert "cannot come below 0.016" not in describe_rules(many)
 
@@ -301,12 +302,35 @@ def froze_at(folder, variant, steps):
     return runs
 
 
-def test_of_variants_that_are_one_training_the_first_stands_for_all(tmp_path):
+def test_variants_that_are_one_training_in_some_seeds_or_all_are_told_apart(tmp_path):
     steps = {"cka": (20, 20), "fisher": (20, 30), "depth": (20, 20), "random": (30, 30)}
     runs = [run for variant, those in steps.items() for run in froze_at(tmp_path, variant, those)]
     always, sometimes = compare(runs, RULES, "cka").warnings
-    assert always.startswith("cka and depth are one training in every seed that they share: ")
-    assert sometimes.endswith(" metrics: cka and fisher in seed 0; fisher and random in seed 1")
+    assert always.startswith("cka and depth are one training in every seed: ")
+    assert sometimes.endswith(" metrics: cka, depth and fisher in seed 0; fisher and random in seed 1")
+    # One that has only begun is like each of two that are not like each other.
+    runs = [run for run in runs if (run.variant, run.seed) != ("depth", 1) and run.variant != "random"]
+    (sometimes,) = compare(runs, RULES, "cka").warnings
+    assert sometimes.endswith(" metrics: cka, fisher and depth in seed 0")
+
+
+def test_variants_that_save_otherwise_are_one_training_as_they_should_be(tmp_path, tiny_tree):
+    runs = [*froze_at(tmp_path, "none", (20,)), *froze_at(tmp_path, "cka", (20,))]
+    configs = [configuration.build(tiny_tree | {"savings": {"fold": fold}}) for fold in (True, False)]
+    runs = [replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
+    assert not compare(runs, RULES, "none").warnings
+    assert compare([runs[0], replace(runs[1], config=None)], RULES, "none").warnings
+
+
+def test_what_runs_have_warned_of_is_told_by_the_first_of_a_variant():
+    warned = [("layer 1 of 6", "layer 2 of 6"), ("layer 3 of 6", "memory")]
+    runs = [replace(record("none", seed, 0.8), warnings=said) for seed, said in enumerate(warned)]
+    runs.append(replace(record("none", 2, 0.8, fault="it is missing"), warnings=("disk",)))
+    assert compare(runs, RULES, "none").warnings == [
+        "none, seed 0, warns: layer 1 of 6",
+        "none, seed 0, warns: layer 2 of 6",
+        "none, seed 1, warns: memory",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -315,8 +339,8 @@ def test_of_variants_that_are_one_training_the_first_stands_for_all(tmp_path):
         (
             (20, 20),
             [
-                "cka and fisher are one training in every seed that they share: the same units froze at the same steps, "
-                "and all metrics are alike"
+                "cka and fisher are one training in every seed: the same units froze at the same steps, "
+                "and all metrics are alike; their costs may differ"
             ],
         ),
         (
@@ -339,5 +363,6 @@ def test_variants_in_which_nothing_froze_are_one_training():
     runs = [replace(run, result=run.result | {"frozen_share": 0}) for run in runs]
     (said,) = compare(runs, RULES, "none").warnings
     assert (
-        said == "none and cka are one training in every seed that they share: nothing froze, and all metrics are alike"
+        said
+        == "none and cka are one training in every seed: nothing froze, and all metrics are alike; their costs may differ"
     )

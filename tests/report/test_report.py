@@ -3,18 +3,21 @@
 import csv
 import io
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from safe_lab import config as configuration
 from safe_lab import yaml_core
+from safe_lab.ablation.columns import columns_of
 from safe_lab.ablation.show import print_comparison
 from safe_lab.cli import main
 from safe_lab.report import read_source, to_csv, to_latex, to_markdown, write_page
 from safe_lab.report.charts import choose_styles, draw_costs
-from safe_lab.report.tables import find_best
+from safe_lab.report.tables import find_best, how_to_read
 from safe_lab.section import ConfigError
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -153,11 +156,16 @@ def test_damaged_runs_are_in_the_report_as_such(copy):
         ("metrics.jsonl", '{"epoch": 1', "What it cost cannot be drawn: "),
         ("importance.jsonl", '{"epoch": 1, "scoring": 1}', "What froze when cannot be drawn: "),
         ("environment.json", '{"devices": null, "packages": null}', "an unknown processor"),
+        ("result.json", "without what adds up", "late, seed 0"),
         ("result.json", None, "The spectrum cannot be drawn: "),
     ],
 )
 def test_what_is_damaged_in_a_run_is_told_and_the_rest_is_reported(copy, file, text, said):
     path = copy / "cka" / "seed-0" / file
+    if text == "without what adds up":
+        tree = json.loads(path.read_text())
+        del tree["resources"]["flops_by_phase"]
+        text = json.dumps(tree)
     if text is None:
         tree = json.loads(path.read_text())
         tree["sharpness"]["spectrum"] = {}
@@ -260,10 +268,42 @@ def test_means_of_other_seeds_are_told_as_such_and_the_best_is_of_the_same(copy)
             tree["metrics"]["validation/accuracy"] = value
             result.write_text(json.dumps(tree))
     comparison = read_source([copy]).comparison
-    assert find_best(comparison, "validation/accuracy") == "cka"
+    assert find_best(comparison, columns_of(comparison)[0]) == {"cka"}
     table = to_markdown(comparison)
     assert "0.7000 \N{PLUS-MINUS SIGN} 0.2828 (n = 2)" in table
     assert "0.5500 (n = 1)" in table
+
+
+def test_all_that_are_written_as_the_best_is_are_marked(copy):
+    for variant, value in {"none": 0.5, "cka": 0.75, "late": 0.75 - 1e-6}.items():
+        for result in copy.glob(f"{variant}/seed-*/result.json"):
+            tree = json.loads(result.read_text())
+            tree["metrics"]["validation/accuracy"] = value
+            result.write_text(json.dumps(tree))
+    comparison = read_source([copy]).comparison
+    assert find_best(comparison, columns_of(comparison)[0]) == {"cka", "late"}
+    assert "Bold: " in how_to_read(comparison)
+    alone = read_source([copy / "cka"]).comparison
+    assert how_to_read(alone) == ""
+
+
+@pytest.mark.parametrize("examples", [{"training": "many", "validation": None}, 3, None])
+def test_what_was_trained_is_told_as_far_as_it_is_known(copy, examples):
+    page = write_page(read_source([copy]))
+    assert "by the baseline&#x27;s configuration: " in page
+    assert re.search(r"\(examples: \d+ of training, \d+ of validation\)", page)
+    for result in copy.glob("none/seed-*/result.json"):
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"examples": examples}))
+    assert " of training" not in write_page(read_source([copy]))
+
+
+def test_the_length_of_a_training_is_told_in_what_it_was_given_in(copy):
+    assert ", 3 epochs." in write_page(read_source([copy]))
+    for file in copy.glob("none/seed-*/config.yaml"):
+        tree = yaml_core.parse(file.read_text())
+        tree["training"]["max_steps"] = 40
+        file.write_text(yaml_core.write(tree))
+    assert ", 40 steps." in write_page(read_source([copy]))
 
 
 def test_tables_hold_each_variants_figures(experiment):
@@ -307,7 +347,7 @@ def test_the_command_writes_by_the_files_ending(experiment, tmp_path, capsys):
 
 def test_figures_beside_the_metric_may_be_chosen(experiment, capsys):
     chosen = "resources/flops,frozen_depth"
-    assert main(["report", str(experiment), "--format", "md", "--figures", chosen]) == 0
+    assert main(["report", str(experiment), "--format", "md", "--figures", f"{chosen.replace(',', ', ')},"]) == 0
     heading = capsys.readouterr().out.splitlines()[0]
     assert heading == "| variant | validation accuracy | flops, GFLOP | frozen depth | p<br>effect | verdict |"
     assert f"--figures {chosen}" in read_source([experiment], figures=chosen.split(",")).commands[-1]
@@ -323,11 +363,15 @@ def test_a_table_for_the_terminal_leaves_out_what_does_not_fit(experiment):
         console = Console(width=width, file=io.StringIO())
         print_comparison(comparison, console)
         shown[width] = console.file.getvalue()
-    table = shown[60].partition("Not shown here: ")[0].splitlines()
-    assert max(map(len, table)) <= 60
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown[60]
     assert "frozen depth" in shown[60].partition("Not shown here: ")[2].splitlines()[0]
     assert "Not shown here" not in shown[400]
+    # Names that differ by their end are not cut.
+    name = f"{'x' * 60}2"
+    rows = [replace(row, variant=name) if row.variant == "cka" else row for row in comparison.rows]
+    console = Console(width=80, file=io.StringIO())
+    print_comparison(replace(comparison, rows=rows), console)
+    assert "x2" in console.file.getvalue().partition(":")[0]
 
 
 def test_what_adds_up_is_drawn_from_nothing_to_the_end(experiment):
