@@ -37,15 +37,16 @@ def find_warnings(by_variant: Mapping[str, Sequence[Record]], baseline: str) -> 
 
 
 def find_own_warnings(by_variant: Mapping[str, Sequence[Record]]) -> list[str]:
-    """What runs have warned of themselves, by the first of each variant that says it."""
-    found = []
-    for variant, records in by_variant.items():
-        told: set[str] = set()
-        for record in records:
-            warnings = [] if record.fault else [one for one in record.warnings if kind_of(one) not in told]
-            told.update(map(kind_of, warnings))
-            found += [f"{variant}, seed {record.seed}, warns: {warning}" for warning in warnings]
-    return found
+    """What runs have warned of themselves, each once, with the variants that say it and the figures of the first."""
+    first: dict[str, str] = {}
+    variants: dict[str, list[str]] = {}
+    for record in (record for records in by_variant.values() for record in records if not record.fault):
+        for warning in record.warnings:
+            kind = kind_of(warning)
+            first.setdefault(kind, f"{warning} ({record.variant}, seed {record.seed})")
+            if record.variant not in variants.setdefault(kind, []):
+                variants[kind].append(record.variant)
+    return [f"{_list(variants[kind])} warned: {warning}" for kind, warning in first.items()]
 
 
 def kind_of(warning: str) -> str:
@@ -114,7 +115,8 @@ def _differ_in_savings_alone(one: Config, other: Config) -> bool:
 
 
 def _list(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _training_of(record: Record) -> _Training | None:

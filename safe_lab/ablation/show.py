@@ -39,7 +39,7 @@ def live(experiment: Experiment, console: Console) -> Iterator[Show]:
         new = [one for one in progress.warnings if (progress.variant, kind_of(one)) not in warned]
         warned.update((progress.variant, kind_of(one)) for one in new)
         for warning in new:
-            _say(console, f"warning: {progress.variant}, seed {progress.seed}, warns: {warning}")
+            _say(console, f"warning: {progress.variant}, seed {progress.seed}: {warning}")
 
     if not console.is_terminal:
         shown: dict[tuple[str, int], State] = {}

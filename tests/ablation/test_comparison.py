@@ -322,14 +322,16 @@ def test_variants_that_save_otherwise_are_one_training_as_they_should_be(tmp_pat
     assert compare([runs[0], replace(runs[1], config=None)], RULES, "none").warnings
 
 
-def test_what_runs_have_warned_of_is_told_by_the_first_of_a_variant():
-    warned = [("layer 1 of 6", "layer 2 of 6"), ("layer 3 of 6", "memory")]
-    runs = [replace(record("none", seed, 0.8), warnings=said) for seed, said in enumerate(warned)]
-    runs.append(replace(record("none", 2, 0.8, fault="it is missing"), warnings=("disk",)))
+def test_what_runs_have_warned_of_is_told_once_with_the_variants_that_say_it():
+    runs = [
+        replace(record("none", 0, 0.8), warnings=("2 layers stay unfolded",)),
+        replace(record("none", 1, 0.9), warnings=("3 layers stay unfolded", "memory ran out")),
+        replace(record("none", 2, 0.9, fault="it is missing"), warnings=("the disk is full",)),
+        replace(record("cka", 0, 0.7), warnings=("1 layers stay unfolded",)),
+    ]
     assert compare(runs, RULES, "none").warnings == [
-        "none, seed 0, warns: layer 1 of 6",
-        "none, seed 0, warns: layer 2 of 6",
-        "none, seed 1, warns: memory",
+        "none and cka warned: 2 layers stay unfolded (none, seed 0)",
+        "none warned: memory ran out (none, seed 1)",
     ]
 
 
