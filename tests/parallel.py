@@ -77,6 +77,8 @@ def _run(function, rank, count, environment, store, pipe):
             world_size=count,
             timeout=timedelta(seconds=SECONDS),
         )
+        # One that has nothing to ask of the others would else be done, and its connections closed, while they still connect.
+        dist.barrier()
         answer = None, function(Processes.of_job(torch.device("cpu")))
     except BaseException:  # noqa: BLE001 - told to the test
         answer = f"process {rank}: {traceback.format_exc()}", None
